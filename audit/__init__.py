@@ -1,0 +1,1 @@
+"""Evidence of a run, the report that it supports, and the verdict."""

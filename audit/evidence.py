@@ -1,0 +1,363 @@
+"""What a run leaves behind: the only input of the audit report.
+
+The coordinator fills `RunEvidence` from its run store. Everything here is a fact that somebody recorded
+while the run went on; nothing is a judgement. Judgements are made by `audit.verdict` from the report
+that `audit.report` builds, so that whoever holds a report can repeat them.
+
+All values are strict, immutable and finite. A privacy loss without bound is None here and ``"inf"`` in
+the report.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from crypto.certificates import fingerprint
+from crypto.signing import verify
+from protocol.encoding import Blob, Digest
+from protocol.errors import EncodingInvalid, ReportInvalid, SignatureInvalid
+from protocol.messages import Count, Fingerprint, LedgerHead, Opening, Purpose, Signed, Statement
+from protocol.plan import first_problem
+
+Text = Annotated[str, Field(max_length=512)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Magnitude = Annotated[float, Field(ge=0)]
+Json = bool | int | float | str | list[Any] | dict[str, Any] | None
+
+
+def parse_time(text: str) -> datetime:
+    """Return the moment that an ISO 8601 text with the offset of UTC names.
+
+    Raises:
+        ValueError: Not ISO 8601, or not in UTC.
+    """
+    moment = datetime.fromisoformat(text)
+    if moment.utcoffset() != timedelta(0):
+        raise ValueError("the time is not in UTC")
+    return moment.astimezone(UTC)
+
+
+def _utc(text: str) -> str:
+    parse_time(text)
+    return text
+
+
+Moment = Annotated[str, Field(max_length=40), AfterValidator(_utc)]
+"""A moment as ISO 8601 text in UTC, for example ``2026-03-01T08:30:00+00:00``."""
+
+
+class Evidence(BaseModel):
+    """Base of all evidence: strict types, no unknown keys, immutable, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> Self:
+        """Validate evidence given as nested dicts, as JSON parses to.
+
+        Raises:
+            ReportInvalid: Names the first wrong field and why.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise ReportInvalid(first_problem(error)) from None
+
+    def fields(self) -> dict[str, Any]:
+        """Return the evidence as nested dicts of plain JSON values."""
+        return self.model_dump(mode="json")
+
+
+class EncryptionEvidence(Evidence):
+    """The homomorphic encryption that was in use, as the library reported it.
+
+    Attributes:
+        exact: Decryption returns the integer sum without any error.
+    """
+
+    scheme: Literal["BFV"]
+    preset: Text
+    poly_modulus_degree: Count
+    coefficient_modulus_bits: Count
+    plain_modulus_bits: Count
+    security_level_bits: Count
+    exact: bool
+
+
+class PhaseSeconds(Evidence):
+    """Wall-clock seconds of the three exchanges of a round."""
+
+    fit: Magnitude
+    seal: Magnitude
+    open: Magnitude
+
+
+class RoundEvidence(Evidence):
+    """One attempt at a round.
+
+    Attributes:
+        contributors: Owners whose sealed updates are in the sum.
+        headers_hash: What the openers signed as the list of headers; None when nothing was sealed.
+        sums_hash: Digest of the opened sums that a quorum agreed on; None when nothing was opened.
+        openings: The signed openings as the coordinator received them.
+        accuracy: Accuracy of the new model on public data; None when it was not measured.
+        void: Nothing was opened and the model did not change.
+        reason: Error code that says why the attempt is void.
+    """
+
+    round: Count
+    attempt: Count
+    purpose: Purpose
+    contributors: list[Fingerprint]
+    headers_hash: Digest | None
+    sums_hash: Digest | None
+    openings: list[Signed]
+    accuracy: Probability | None
+    seconds: PhaseSeconds
+    upload_bytes: Count
+    download_bytes: Count
+    void: bool
+    reason: Text | None
+
+    def agreeing_openings(self, session: str | None, keys: dict[str, Ed25519PublicKey]) -> int:
+        """Count the distinct owners whose valid signatures support this round's opened sum.
+
+        Args:
+            session: Session that the signatures must name.
+            keys: Public keys of the run's owners by fingerprint.
+        """
+        facts = (session, self.attempt, self.purpose, self.headers_hash, self.sums_hash)
+        expected = (*facts, len(self.contributors))
+        supporters: dict[str, tuple[str, str]] = {}
+        for signed in self.openings:
+            if signed.signer not in keys:
+                continue
+            try:
+                body = verify(signed, keys[signed.signer], Opening)
+            except (SignatureInvalid, EncodingInvalid):
+                continue
+            said = (body.session, body.attempt, body.purpose, body.headers_hash, body.sums_hash)
+            if (*said, body.contributors) == expected:
+                supporters[signed.signer] = (body.list_hash, body.model_hash)
+        return max(Counter(supporters.values()).values(), default=0)
+
+
+class ClaimEvidence(Evidence):
+    """The privacy that the plan promised to one owner; `epsilon` is None without a guarantee."""
+
+    unit: Literal["example"]
+    adjacency: Literal["add/remove"]
+    epsilon: Magnitude | None
+    delta: Probability
+
+
+class OwnerEvidence(Evidence):
+    """One owner as the coordinator knew it.
+
+    Attributes:
+        signing_certificate: DER of the certificate of the owner's Ed25519 signing key.
+        statement: The owner's signed closing statement; None if it never arrived.
+        ledger_first: Ledger head that the owner signed when it joined.
+        ledger_last: Newest ledger head that the owner signed.
+        sealed_attempts: Attempts for which the owner sealed an update; each of them costs privacy.
+    """
+
+    name: Text
+    fingerprint: Fingerprint
+    signing_certificate: Blob
+    claimed: ClaimEvidence
+    statement: Signed | None
+    ledger_first: LedgerHead
+    ledger_last: LedgerHead
+    sealed_attempts: Count
+
+    def certificate(self) -> x509.Certificate | None:
+        """Return the signing certificate, or None if the bytes are not a certificate."""
+        try:
+            return x509.load_der_x509_certificate(self.signing_certificate)
+        except (ValueError, UnsupportedAlgorithm):
+            return None
+
+    def public_key(self) -> Ed25519PublicKey | None:
+        """Return the certificate's key, or None if it does not have the owner's fingerprint."""
+        certificate = self.certificate()
+        try:
+            key = None if certificate is None else certificate.public_key()
+        except (ValueError, UnsupportedAlgorithm):
+            return None
+        matches = isinstance(key, Ed25519PublicKey) and fingerprint(key) == self.fingerprint
+        return key if isinstance(key, Ed25519PublicKey) and matches else None
+
+    def verified_statement(self) -> Statement | None:
+        """Return the closing statement if the owner truly signed it, else None."""
+        key = self.public_key()
+        if self.statement is None or key is None:
+            return None
+        try:
+            return verify(self.statement, key, Statement)
+        except (SignatureInvalid, EncodingInvalid):
+            return None
+
+    def ledger_went_back(self) -> bool:
+        """Tell whether the signed ledger heads, in order of time, show a rollback or a rewrite."""
+        statement = self.verified_statement()
+        heads = [self.ledger_first, self.ledger_last] + ([statement.ledger] if statement else [])
+        return any(
+            new.sequence < old.sequence or (new.sequence == old.sequence and new.head != old.head)
+            for old, new in pairwise(heads)
+        )
+
+
+class TranscriptEntry(Evidence):
+    """All messages of one kind and content in one direction, seen from the coordinator.
+
+    ``unclassified`` is what the coordinator must record for bytes that it could not parse as one of
+    the other classes; such bytes fail the audit.
+    """
+
+    direction: Literal["received", "sent"]
+    kind: Text
+    content: Literal["ciphertext frames", "signed metadata", "opened sums", "error code", "unclassified"]
+    count: Count
+    total_bytes: Count
+    min_bytes: Count
+    max_bytes: Count
+
+
+class Refusal(Evidence):
+    """A message of an owner that the coordinator refused, or an owner's refusal that it received."""
+
+    owner: Fingerprint
+    kind: Text
+    code: Text
+
+
+class KeyEvidence(Evidence):
+    """Where one key lives; never the key."""
+
+    what: Text
+    holder: Text
+    place: Literal["memory", "sealed file"]
+    encrypted_at_rest: bool
+
+
+class CertificateEvidence(Evidence):
+    """The public facts of one certificate, as `crypto.certificates.describe` returns them."""
+
+    subject: Text
+    issuer: Text
+    role: Text
+    key_type: Text
+    sha256_fingerprint: Digest
+    serial: Text
+    not_before: Moment
+    not_after: Moment
+    days_left: int
+
+
+class TlsEvidence(Evidence):
+    """The transport protection of the coordinator's public port."""
+
+    version: Text
+    client_certificate_required: bool
+    cipher: Text | None
+
+
+class Socket(Evidence):
+    """A listening socket of the coordinator's processes."""
+
+    address: Text
+    port: Annotated[int, Field(ge=0, le=65_535)]
+    purpose: Text
+
+
+class EnvironmentEvidence(Evidence):
+    """Versions of what ran on the coordinator's machine."""
+
+    python: Text
+    platform: Text
+    packages: dict[Text, Text]
+
+
+class RunEvidence(Evidence):
+    """Everything that a run leaves behind for its report.
+
+    Attributes:
+        run: Identifier of the run, 64 hex digits.
+        plan: Canonical fields of the resolved plan, `protocol.plan.Plan.fields`.
+        plan_hash: The plan hash that stands in the run's signatures.
+        session: Hash of all signed joining messages; None when joining never finished.
+        attempts_used: Attempts that were started, void ones included.
+        model_hash: Hash of the model after the last finished round.
+        server_has_secret_key: A decryption key was found in the coordinator's process.
+        deployment: What building the deployable model returned; None when none was built.
+    """
+
+    run: Digest
+    name: Text
+    plan: dict[str, Json]
+    plan_hash: Digest
+    session: Digest | None
+    state: Literal["finished", "failed", "paused"]
+    rounds_finished: Count
+    attempts_used: Count
+    started_at: Moment
+    finished_at: Moment
+    model_hash: Digest
+    initial_model_hash: Digest
+    encryption: EncryptionEvidence
+    rounds: list[RoundEvidence]
+    owners: list[OwnerEvidence]
+    transcript: list[TranscriptEntry]
+    refusals: list[Refusal]
+    keys: list[KeyEvidence]
+    certificates: list[CertificateEvidence]
+    tls: TlsEvidence
+    server_has_secret_key: bool
+    listening: list[Socket]
+    deployment: dict[str, Json] | None
+    environment: EnvironmentEvidence
+
+
+def flatten(value: Any, pointer: str = "") -> list[dict[str, Any]]:
+    """Return nested dicts as a list of `pointer` (RFC 6901) and `value`, in order of the pointers.
+
+    A report's schema forbids unknown keys everywhere; in this form it can hold values whose keys other
+    packages choose. Lists of scalars stay whole, an empty dict leaves nothing.
+    """
+    if isinstance(value, dict):
+        steps = [(str(key).replace("~", "~0").replace("/", "~1"), value[key]) for key in value]
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        steps = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return [{"pointer": pointer, "value": value}]
+    facts = [fact for step, item in steps for fact in flatten(item, f"{pointer}/{step}")]
+    return sorted(facts, key=lambda fact: str(fact["pointer"]))
+
+
+def unflatten(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the nested dicts of `flatten`; a list of dicts comes back as a dict of its indices.
+
+    Raises:
+        ReportInvalid: One pointer is a value and also a prefix of another.
+    """
+    root: dict[str, Any] = {}
+    for fact in facts:
+        *path, last = (
+            step.replace("~1", "/").replace("~0", "~") for step in fact["pointer"].split("/")[1:]
+        )
+        place: Any = root
+        for step in path:
+            place = place.setdefault(step, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last in place:
+            raise ReportInvalid("a list of facts contradicts itself")
+        place[last] = fact["value"]
+    return root

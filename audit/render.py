@@ -1,0 +1,2 @@
+"""stub"""
+def html(report): return ""

@@ -1,0 +1,405 @@
+"""Build, sign, verify and write the audit report of a run.
+
+A report is a plain JSON value that fits ``audit/schema/report-1.json``. It holds the run's evidence in
+full, so that everything else in it - recomputed privacy losses, verified signatures, checks, verdict -
+is a function of the report alone. `verify_report` evaluates that function again and compares.
+
+What a signature proves: the holder of the key wrote this report. What verification without a trusted
+public key proves: the report follows from the evidence printed in it, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from jsonschema import Draft202012Validator
+
+from audit import render
+from audit.evidence import (
+    OwnerEvidence,
+    RunEvidence,
+    flatten,
+    parse_time,
+    unflatten,
+)
+from audit.verdict import checks, verdict
+from crypto.certificates import fingerprint
+from crypto.signing import sign_bytes, verify_bytes
+from protocol.accounting import epsilon_after
+from protocol.encoding import encode
+from protocol.errors import EncodingInvalid, PlanInvalid, ReportInvalid, SignatureInvalid
+from protocol.messages import Statement
+from protocol.plan import Plan
+
+SCHEMA_ID = "fedseal/report/1"
+SIGNATURE_KIND = "report"
+MAX_REPORT_BYTES = 64 * 1024 * 1024
+
+RELATIVE_TOLERANCE = 1e-6
+"""Recomputed numbers may differ this much: mathematical libraries round the last digits differently."""
+
+CURVE_POINTS = 12
+"""Most rounds at which the curve of spent epsilon is evaluated; accounting takes time."""
+
+_SCHEMA_PATH = Path(__file__).parent / "schema" / "report-1.json"
+_SAME = ("encryption", "owners", "transcript", "refusals", "keys", "certificates", "tls")
+_SUBJECT = (
+    "run",
+    "name",
+    "plan_hash",
+    "session",
+    "state",
+    "rounds_finished",
+    "attempts_used",
+    "started_at",
+    "finished_at",
+    "model_hash",
+    "initial_model_hash",
+)
+
+
+def build_report(
+    evidence: RunEvidence, now: datetime, signer: Ed25519PrivateKey | None = None
+) -> dict[str, Any]:
+    """Return the report of a run.
+
+    Args:
+        evidence: What the run left behind.
+        now: Time of the report, with a time zone.
+        signer: Key that signs the report; without it `signature` is null.
+
+    Returns:
+        A JSON value that fits ``audit/schema/report-1.json``, without NaN or infinity.
+
+    Raises:
+        ReportInvalid: The evidence contradicts its own types, for example a plan that is not one.
+        PlanInvalid: The plan in the evidence is not valid or not resolved.
+    """
+    plan = Plan.from_fields(evidence.plan)
+    _check_counts(evidence, plan)
+    fields = evidence.fields()
+    report: dict[str, Any] = {
+        "schema": SCHEMA_ID,
+        "generated_at": now.astimezone(UTC).isoformat(timespec="seconds"),
+        "subject": _subject(evidence, plan),
+        "plan": flatten(evidence.plan),
+        "promise": _promise(plan),
+        "claims": [_claim(evidence, owner, plan) for owner in evidence.owners],
+        "spending": _spending(plan, evidence.rounds_finished),
+        "rounds": _rounds(evidence),
+        "server": {"has_secret_key": evidence.server_has_secret_key, "listening": fields["listening"]},
+        "deployment": None if evidence.deployment is None else flatten(evidence.deployment),
+        "environment": fields["environment"] | {"packages": _packages(evidence)},
+    }
+    report |= {name: fields[name] for name in _SAME}
+    report["checks"] = checks(report)
+    report["verdict"] = verdict(report["checks"])
+    report["signature"] = None
+    _validate(report)
+    return report if signer is None else sign_report(report, signer)
+
+
+def sign_report(report: dict[str, Any], key: Ed25519PrivateKey) -> dict[str, Any]:
+    """Return the report with its signature replaced by one of `key`. For the key's owner only."""
+    public = key.public_key()
+    signature = sign_bytes(key, SIGNATURE_KIND, _signed_part(report))
+    return report | {
+        "signature": {
+            "algorithm": "Ed25519",
+            "signer": fingerprint(public),
+            "public_key": base64.b64encode(public.public_bytes_raw()).decode("ascii"),
+            "value": base64.b64encode(signature).decode("ascii"),
+        }
+    }
+
+
+def write_report(report: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Write ``report.json`` and the self-contained ``report.html`` into `folder`.
+
+    Each file appears whole or not at all.
+
+    Returns:
+        The two paths.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in (("report.json", _spelling(report)), ("report.html", render.html(report))):
+        path = folder / name
+        draft = folder / f".{name}.new"
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+        written.append(path)
+    return written[0], written[1]
+
+
+def verify_report(path: Path, public_key: Ed25519PublicKey | None = None) -> dict[str, Any]:
+    """Read a report and check all that can be checked with it alone.
+
+    Checks, in this order: size and spelling, schema, signature, and that claims, checks and verdict
+    follow from the evidence in the report, signatures of owners and privacy accounting included.
+
+    Args:
+        path: A ``report.json``.
+        public_key: Key of the expected signer. Without it a signature is checked against the key that
+            the report itself names, and an unsigned report is accepted: that finds damage, not forgery.
+
+    Returns:
+        The report.
+
+    Raises:
+        ReportInvalid: Says which of these does not hold.
+    """
+    report = _read(path)
+    _validate(report)
+    _check_signature(report, public_key)
+    try:
+        again = build_report(_evidence_of(report), parse_time(report["generated_at"]))
+    except (ValueError, EncodingInvalid, PlanInvalid) as error:
+        raise ReportInvalid("the evidence in the report is not well-formed") from error
+    difference = _first_difference(again, report | {"signature": None}, "")
+    if difference is not None:
+        raise ReportInvalid(f"{difference} does not follow from the evidence in the report")
+    return report
+
+
+# --- sections ----------------------------------------------------------------------------------------
+
+
+def _subject(evidence: RunEvidence, plan: Plan) -> dict[str, Any]:
+    fields = evidence.fields()
+    return {name: fields[name] for name in _SUBJECT} | {
+        "plan_hash_recomputed": plan.sha256(),
+        "initial_model_hash_planned": plan.model.initial_sha256,
+    }
+
+
+def _promise(plan: Plan) -> dict[str, Any]:
+    privacy = plan.privacy
+    return {
+        "unit": privacy.unit,
+        "adjacency": "add/remove",
+        "noise": privacy.noise,
+        "epsilon": _loss(privacy.target_epsilon),
+        "delta": privacy.delta,
+        "noise_multiplier": privacy.noise_multiplier,
+        "max_grad_norm": privacy.max_grad_norm,
+        "sample_rate": privacy.sample_rate,
+        "expected_batch_size": privacy.expected_batch_size,
+        "local_steps": plan.training.local_steps,
+        "rounds": plan.run.rounds,
+        "cohort_minimum": plan.cohort.minimum,
+        "cohort_maximum": plan.cohort.maximum,
+        "quorum": plan.encryption.quorum,
+    }
+
+
+def _loss(epsilon: float | None) -> float | Literal["inf"]:
+    """Return a privacy loss as the report spells it: JSON has no infinity."""
+    return "inf" if epsilon is None or math.isinf(epsilon) else float(epsilon)
+
+
+def _spent(plan: Plan, rounds: int) -> float | Literal["inf"]:
+    return 0.0 if rounds == 0 else _loss(epsilon_after(plan, rounds))
+
+
+def _delta(plan: Plan) -> float:
+    return 0.0 if plan.privacy.noise == "none" else plan.privacy.delta
+
+
+def _spending(plan: Plan, rounds: int) -> list[dict[str, Any]]:
+    """Return the loss of an owner that took part in every finished round, at up to `CURVE_POINTS`."""
+    steps = min(rounds, CURVE_POINTS)
+    points = sorted({0} | {round(rounds * (i + 1) / steps) for i in range(steps)})
+    return [{"round": point, "epsilon": _spent(plan, point)} for point in points]
+
+
+def _claim(evidence: RunEvidence, owner: OwnerEvidence, plan: Plan) -> dict[str, Any]:
+    statement = owner.verified_statement()
+    sealed = _sealed(evidence, owner, statement)
+    spent = {"epsilon": _spent(plan, sealed), "delta": _delta(plan) if sealed else 0.0}
+    claimed = owner.claimed
+    return {
+        "owner": owner.name,
+        "fingerprint": owner.fingerprint,
+        "unit": claimed.unit,
+        "adjacency": claimed.adjacency,
+        "promised": {"epsilon": _loss(claimed.epsilon), "delta": claimed.delta},
+        "promise_matches_plan": (claimed.unit, claimed.epsilon, claimed.delta)
+        == (plan.privacy.unit, plan.privacy.target_epsilon, plan.privacy.delta),
+        "spent": spent,
+        "stated": None
+        if statement is None
+        else {"epsilon": _loss(statement.epsilon), "delta": statement.delta},
+        "sealed_attempts": sealed,
+        "certificate_matches": owner.public_key() is not None,
+        "certificate_covers_run": _covers(owner, evidence),
+        "statement": "missing" if owner.statement is None else "valid" if statement else "invalid",
+        "disagreements": [] if statement is None else _disagreements(evidence, statement, plan, sealed),
+        "model_signed": statement is not None and statement.model_hash == evidence.model_hash,
+        "ledger_went_back": owner.ledger_went_back(),
+    }
+
+
+def _covers(owner: OwnerEvidence, evidence: RunEvidence) -> bool:
+    certificate = owner.certificate()
+    return (
+        certificate is not None
+        and certificate.not_valid_before_utc <= parse_time(evidence.started_at)
+        and parse_time(evidence.finished_at) <= certificate.not_valid_after_utc
+    )
+
+
+def _sealed(evidence: RunEvidence, owner: OwnerEvidence, statement: Statement | None) -> int:
+    """Return for how many attempts an owner pays: what the coordinator saw, or more if it says more.
+
+    An owner whose sealed update was lost on the way has spent what the coordinator never saw.
+    """
+    stated = statement.sealed_attempts if statement else 0
+    return max(owner.sealed_attempts, stated if stated <= evidence.attempts_used else 0)
+
+
+def _disagreements(evidence: RunEvidence, statement: Statement, plan: Plan, sealed: int) -> list[str]:
+    """Name the fields in which a truly signed statement differs from what the report computes.
+
+    Epsilon may be above the recomputed one, because an attempt that a crash interrupted counts as spent
+    in the owner's ledger; it is never above that of all attempts, and never below.
+    """
+    stated, least = float(_loss(statement.epsilon)), float(_spent(plan, sealed))
+    most = float(_spent(plan, evidence.attempts_used))
+    pairs = {
+        "session": statement.session == evidence.session,
+        "plan_hash": statement.plan_hash == evidence.plan_hash,
+        "unit": statement.unit == plan.privacy.unit,
+        "epsilon": _close(stated, least) or least < stated <= most or _close(stated, most),
+        "delta": statement.delta == _delta(plan) or (sealed == 0 and statement.delta == 0.0),
+        "sealed_attempts": statement.sealed_attempts == sealed,
+    }
+    return [name for name, agrees in pairs.items() if not agrees]
+
+
+def _rounds(evidence: RunEvidence) -> list[dict[str, Any]]:
+    known = {owner.fingerprint: owner.public_key() for owner in evidence.owners}
+    keys = {name: key for name, key in known.items() if key is not None}
+    return [
+        entry.fields() | {"agreeing_openings": entry.agreeing_openings(evidence.session, keys)}
+        for entry in evidence.rounds
+    ]
+
+
+# --- verification ------------------------------------------------------------------------------------
+
+
+def _check_counts(evidence: RunEvidence, plan: Plan) -> None:
+    """Refuse counts that no run of this plan can have; accounting for them could take for ever."""
+    counts = [
+        evidence.rounds_finished,
+        evidence.attempts_used,
+        *(owner.sealed_attempts for owner in evidence.owners),
+    ]
+    if max(counts) > plan.max_attempts:
+        raise ReportInvalid("the evidence counts more attempts than the plan allows")
+
+
+def _packages(evidence: RunEvidence) -> list[dict[str, str]]:
+    packages = evidence.environment.packages
+    return [{"name": name, "version": packages[name]} for name in sorted(packages)]
+
+
+def _evidence_of(report: dict[str, Any]) -> RunEvidence:
+    """Return the evidence that a report holds; the inverse of what `build_report` lays out."""
+    packages = {item["name"]: item["version"] for item in report["environment"]["packages"]}
+    fields = {name: report["subject"][name] for name in _SUBJECT} | {name: report[name] for name in _SAME}
+    deployment = report["deployment"]
+    return RunEvidence.from_fields(
+        fields
+        | {
+            "plan": unflatten(report["plan"]),
+            "rounds": [
+                {name: value for name, value in entry.items() if name != "agreeing_openings"}
+                for entry in report["rounds"]
+            ],
+            "server_has_secret_key": report["server"]["has_secret_key"],
+            "listening": report["server"]["listening"],
+            "deployment": None if deployment is None else unflatten(deployment),
+            "environment": report["environment"] | {"packages": packages},
+        }
+    )
+
+
+def _spelling(report: dict[str, Any]) -> str:
+    """Return the one text of a report: sorted keys, indented by two, ASCII, a newline at the end."""
+    return json.dumps(report, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def _signed_part(report: dict[str, Any]) -> bytes:
+    return encode({name: value for name, value in report.items() if name != "signature"})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_REPORT_BYTES:
+        raise ReportInvalid(f"the file is longer than {MAX_REPORT_BYTES} bytes")
+    try:
+        text = path.read_bytes().decode("ascii")
+        report = json.loads(text)
+        canonical = _spelling(report)
+    except (ValueError, RecursionError):
+        raise ReportInvalid("the file is not a report in JSON") from None
+    if canonical != text or not isinstance(report, dict):
+        # One spelling only, so that nobody can read another value out of the same verified file.
+        raise ReportInvalid("the file is not spelled as fedseal writes it")
+    return report
+
+
+@lru_cache(maxsize=1)
+def _validator() -> Draft202012Validator:
+    return Draft202012Validator(json.loads(_SCHEMA_PATH.read_text(encoding="utf-8")))
+
+
+def _validate(report: dict[str, Any]) -> None:
+    problem = next(_validator().iter_errors(report), None)
+    if problem is not None:
+        raise ReportInvalid(f"{problem.json_path} does not fit the schema ({problem.validator})")
+
+
+def _check_signature(report: dict[str, Any], public_key: Ed25519PublicKey | None) -> None:
+    signature = report["signature"]
+    if signature is None:
+        if public_key is not None:
+            raise ReportInvalid("the report is not signed")
+        return
+    try:
+        named = Ed25519PublicKey.from_public_bytes(base64.b64decode(signature["public_key"]))
+        value = base64.b64decode(signature["value"])
+        verify_bytes(named, SIGNATURE_KIND, _signed_part(report), value)
+    except (ValueError, SignatureInvalid):
+        raise ReportInvalid("the signature does not verify") from None
+    if signature["signer"] != fingerprint(named):
+        raise ReportInvalid("the signature names another signer than its key")
+    if public_key is not None and fingerprint(public_key) != fingerprint(named):
+        raise ReportInvalid("the report is signed by somebody else")
+
+
+def _close(first: Any, second: Any) -> bool:
+    if isinstance(first, float | int) and isinstance(second, float | int):
+        return math.isclose(first, second, rel_tol=RELATIVE_TOLERANCE)
+    return bool(first == second)
+
+
+def _first_difference(first: Any, second: Any, pointer: str) -> str | None:
+    """Return the JSON pointer of the first place where two JSON values differ, or None."""
+    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        places = [(first[key], second[key], f"{pointer}/{key}") for key in first]
+    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        places = [(a, b, f"{pointer}/{i}") for i, (a, b) in enumerate(zip(first, second, strict=True))]
+    else:
+        same = type(first) is type(second) and _close(first, second)
+        return None if same else pointer or "/"
+    return next((found for place in places if (found := _first_difference(*place))), None)

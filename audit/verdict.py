@@ -1,0 +1,374 @@
+"""Judge a report: the checks, and the verdict that follows from them.
+
+Everything here is a pure function of the report's own sections, so that a reader who trusts nobody can
+repeat it: `checks` looks at the sections, `verdict` looks at the checks, `recompute` does both. A check
+passes only on evidence. What has no evidence is *missing*, and a report with something missing is never
+a PASS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, Literal
+
+Report = dict[str, Any]
+Check = dict[str, str]
+Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
+EXIT_CODES: dict[str, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}
+"""Exit status of a command that ends with this verdict."""
+
+MINIMUM_SECURITY_BITS = 128
+"""Smallest accepted security level of the encryption, against known lattice attacks."""
+
+ERROR_CODE_LIMIT_BYTES = 4096
+"""A longer message cannot be called an error code: it could carry data."""
+
+_RECEIVABLE = ("ciphertext frames", "signed metadata", "opened sums", "error code")
+_ONLY_UNDER = {"ciphertext frames": "train.seal", "opened sums": "query.open"}
+
+
+def verdict(results: Iterable[Check]) -> dict[str, Any]:
+    """Return the verdict that follows from check results.
+
+    Args:
+        results: Checks with `title`, `status` (``pass``, ``fail``, ``missing``) and `gap`.
+
+    Returns:
+        `status` and `reasons`. One failed check makes it FAIL; else one missing check, or no check at
+        all, makes it INCONCLUSIVE; else it is PASS. An unknown status counts as failed.
+    """
+    listed = list(results)
+    failed = [check for check in listed if check["status"] not in ("pass", "missing")]
+    missing = [check for check in listed if check["status"] == "missing"]
+    status: Status = "FAIL" if failed else "INCONCLUSIVE" if missing or not listed else "PASS"
+    reasons = [f"{check['title']}: {check['gap']}" for check in failed + missing]
+    return {"status": status, "reasons": reasons if listed else ["Nothing was checked."]}
+
+
+def recompute(report: Report) -> dict[str, Any]:
+    """Return the verdict that the report's sections support, whatever checks and verdict it states."""
+    return verdict(checks(report))
+
+
+def exit_code(status: str) -> int:
+    """Return 0 for PASS, 1 for FAIL and for anything unknown, 2 for INCONCLUSIVE."""
+    return EXIT_CODES.get(status, 1)
+
+
+def checks(report: Report) -> list[Check]:
+    """Return every check of this version, in the order of a report.
+
+    Args:
+        report: A report that fits the schema; its `checks`, `verdict` and `signature` are not read.
+    """
+    return [check(report) for check in _CHECKS]
+
+
+def _result(
+    identifier: str, title: str, evidence: str, *, failed: list[str], missing: list[str], limit: str
+) -> Check:
+    """Assemble one check: faults outweigh missing evidence, and a pass states what it does not prove."""
+    status, gap = ("fail", failed) if failed else ("missing", missing) if missing else ("pass", [limit])
+    return {
+        "id": identifier,
+        "title": title,
+        "status": status,
+        "evidence": evidence,
+        "gap": " ".join(gap),
+    }
+
+
+def _names(claims: Iterable[dict[str, Any]]) -> str:
+    return ", ".join(str(claim["owner"]) for claim in claims)
+
+
+def _finished(report: Report) -> list[dict[str, Any]]:
+    return [entry for entry in report["rounds"] if not entry["void"]]
+
+
+def _largest(claim: dict[str, Any], part: str) -> float:
+    """Return the larger of the recomputed and the stated loss: an owner may have lost more, not less."""
+    return max(float(entry[part]) for entry in (claim["spent"], claim["stated"]) if entry is not None)
+
+
+def _run_complete(report: Report) -> Check:
+    subject, planned = report["subject"], report["promise"]["rounds"]
+    counted = len(_finished(report))
+    failed = ["The run failed."] if subject["state"] == "failed" else []
+    if counted != subject["rounds_finished"]:
+        failed.append("The number of finished rounds differs from the rounds on record.")
+    missing = [] if subject["state"] == "finished" and counted == planned else ["The run has not ended."]
+    return _result(
+        "run-complete",
+        "All planned rounds were finished",
+        f"{counted} of {planned} rounds finished, in {subject['attempts_used']} attempts.",
+        failed=failed,
+        missing=missing,
+        limit="",
+    )
+
+
+def _plan_binding(report: Report) -> Check:
+    subject = report["subject"]
+    failed = []
+    if subject["plan_hash"] != subject["plan_hash_recomputed"]:
+        failed.append("The plan printed here is not the one that the run used.")
+    if subject["initial_model_hash"] != subject["initial_model_hash_planned"]:
+        failed.append("The run did not start from the model that the plan names.")
+    return _result(
+        "plan-binding",
+        "The plan printed here is the plan that was run",
+        "The plan's hash and the hash of the first model were computed again.",
+        failed=failed,
+        missing=[],
+        limit="",
+    )
+
+
+def _noise_on(report: Report) -> Check:
+    promise = report["promise"]
+    on = promise["noise"] != "none"
+    return _result(
+        "noise-on",
+        "Privacy noise protects every record",
+        f"Noise: {promise['noise']}. Noise multiplier: {promise['noise_multiplier']}."
+        if on
+        else "The plan says: noise = none.",
+        failed=[] if on else ["The run added no noise. There is no privacy guarantee."],
+        missing=[],
+        limit="This is what the plan orders. Whether the noise was really drawn is a separate check.",
+    )
+
+
+def _budget_kept(report: Report) -> Check:
+    claims = report["claims"]
+    over = [c for c in claims if _largest(c, "epsilon") > float(c["promised"]["epsilon"])]
+    over += [c for c in claims if _largest(c, "delta") > c["promised"]["delta"] and c not in over]
+    unbounded = [c for c in claims if c["spent"]["epsilon"] == "inf"]
+    differs = [c for c in claims if not c["promise_matches_plan"]]
+    failed = [f"No limit on the privacy loss of: {_names(unbounded)}."] if unbounded else []
+    failed += [f"More was spent than promised for: {_names(over)}."] if over else []
+    failed += [f"The recorded promise is not the plan's for: {_names(differs)}."] if differs else []
+    worst = max((_largest(c, "epsilon") for c in claims), default=0.0)
+    return _result(
+        "budget-kept",
+        "No owner's privacy loss went above its promise",
+        f"Recomputed from the plan. Largest epsilon spent: {worst:.4g}. "
+        f"Promised: {float(report['promise']['epsilon']):.4g}.",
+        failed=failed,
+        missing=[] if claims else ["The run has no owner on record."],
+        limit="Covers this run. What the same people lost in other runs stands in each owner's ledger.",
+    )
+
+
+def _statements_agree(report: Report) -> Check:
+    claims = report["claims"]
+    forged = [c for c in claims if c["statement"] == "invalid" or not c["certificate_matches"]]
+    wrong = [c for c in claims if c["disagreements"] and c not in forged]
+    absent = [c for c in claims if c["statement"] == "missing"]
+    failed = [f"The signature does not verify for: {_names(forged)}."] if forged else []
+    failed += [f"{c['owner']} signed something else in: {', '.join(c['disagreements'])}." for c in wrong]
+    missing = [f"No signed statement from: {_names(absent)}."] if absent else []
+    return _result(
+        "statements-agree",
+        "Every owner signed what it spent, and the figure is right",
+        f"{len(claims) - len(absent)} of {len(claims)} owners signed. "
+        "Signatures and figures were computed again.",
+        failed=failed,
+        missing=missing if claims else ["The run has no owner on record."],
+        limit="An owner could still have added too little noise on its own machine.",
+    )
+
+
+def _ledger_forward(report: Report) -> Check:
+    back = [claim for claim in report["claims"] if claim["ledger_went_back"]]
+    return _result(
+        "ledger-forward",
+        "No owner's privacy ledger went back",
+        "The signed ledger heads at the start and at the end of the run were compared.",
+        failed=[f"The ledger went back or was rewritten for: {_names(back)}."] if back else [],
+        missing=[],
+        limit="A ledger that was reset before this run is seen only by peers who know its older head.",
+    )
+
+
+def _openings_agree(report: Report) -> Check:
+    rounds, quorum = _finished(report), report["promise"]["quorum"]
+    weak = [str(r["round"]) for r in rounds if r["agreeing_openings"] < quorum]
+    return _result(
+        "openings-agree",
+        "In each round enough owners signed the same sum",
+        f"{len(rounds)} rounds. At least {quorum} valid, equal signatures are needed in each.",
+        failed=[f"Too few valid, equal signatures in round {', '.join(weak)}."] if weak else [],
+        missing=[] if rounds else ["No round was finished."],
+        limit="Owners who agree to sign a wrong sum are not detected.",
+    )
+
+
+def _cohort_size(report: Report) -> Check:
+    rounds, minimum = _finished(report), report["promise"]["cohort_minimum"]
+    sizes = [len(set(entry["contributors"])) for entry in rounds]
+    small = [str(r["round"]) for r, size in zip(rounds, sizes, strict=True) if size < minimum]
+    known = {claim["fingerprint"] for claim in report["claims"]}
+    strangers = [str(r["round"]) for r in rounds if not set(r["contributors"]) <= known]
+    failed = [f"Too few owners in round {', '.join(small)}."] if small else []
+    failed += [f"Unknown owners in round {', '.join(strangers)}."] if strangers else []
+    limit = "" if minimum >= 3 else "Fewer than three owners: each can work out the other's update."
+    return _result(
+        "cohort-size",
+        "Each sum hides one owner among enough others",
+        f"At least {minimum} owners are needed. Smallest round: {min(sizes, default=0)}.",
+        failed=failed,
+        missing=[] if rounds else ["No round was finished."],
+        limit=limit or "Owners who work together lower this number.",
+    )
+
+
+def _model_countersigned(report: Report) -> Check:
+    claims = report["claims"]
+    absent = [c for c in claims if c["statement"] == "missing"]
+    other = [c for c in claims if c["statement"] != "missing" and not c["model_signed"]]
+    return _result(
+        "model-countersigned",
+        "Every owner signed the same final model",
+        f"{sum(c['model_signed'] for c in claims)} of {len(claims)} owners signed this model's hash.",
+        failed=[f"Another model, or an invalid signature, from: {_names(other)}."] if other else [],
+        missing=[f"No signed statement from: {_names(absent)}."] if absent or not claims else [],
+        limit="The signature says which model came out. It does not say that the model is good.",
+    )
+
+
+def _no_server_key(report: Report) -> Check:
+    held = report["server"]["has_secret_key"]
+    return _result(
+        "no-server-key",
+        "The coordinator could not decrypt",
+        "The coordinator's process was asked whether it holds a decryption key.",
+        failed=["A decryption key was found in the coordinator's process."] if held else [],
+        missing=[],
+        limit="A coordinator that got the key from an owner by other means would not say so.",
+    )
+
+
+def _received_content(report: Report) -> Check:
+    received = [entry for entry in report["transcript"] if entry["direction"] == "received"]
+    failed = []
+    for entry in received:
+        content, kind = entry["content"], entry["kind"]
+        if content not in _RECEIVABLE:
+            failed.append(f"Under {kind} something else arrived: {content}.")
+        elif _ONLY_UNDER.get(content, kind) != kind:
+            failed.append(f"{content.capitalize()} arrived under {kind}, where they do not belong.")
+        elif content == "error code" and entry["max_bytes"] > ERROR_CODE_LIMIT_BYTES:
+            failed.append(f"An error under {kind} was too long to be only a code.")
+    total = sum(entry["total_bytes"] for entry in received)
+    count = sum(entry["count"] for entry in received)
+    return _result(
+        "received-content",
+        "The coordinator received only encrypted updates, opened sums and signed notes",
+        f"{count} messages, {total} bytes, sorted by what the coordinator's parser made of them.",
+        failed=failed,
+        missing=[] if received else ["No message is on record."],
+        limit="The coordinator keeps this record. Owners can compare it with what they sent.",
+    )
+
+
+def _encryption_strength(report: Report) -> Check:
+    encryption = report["encryption"]
+    bits, failed = encryption["security_level_bits"], []
+    if bits < MINIMUM_SECURITY_BITS:
+        failed.append(f"{bits} bit is below {MINIMUM_SECURITY_BITS} bit.")
+    if not encryption["exact"]:
+        failed.append("Decryption returns approximate numbers, which can leak the key.")
+    return _result(
+        "encryption-strength",
+        "The encryption is strong and exact",
+        f"{encryption['scheme']}, preset {encryption['preset']}, {bits} bit.",
+        failed=failed,
+        missing=[],
+        limit="Security levels rest on the best attacks that are publicly known.",
+    )
+
+
+def _tls(report: Report) -> Check:
+    tls, failed = report["tls"], []
+    if tls["version"] != "TLSv1.3":
+        failed.append("The connection is not protected by TLS 1.3.")
+    if not tls["client_certificate_required"]:
+        failed.append("Owners can connect without a certificate.")
+    return _result(
+        "tls",
+        "All connections use TLS 1.3, and both sides show a certificate",
+        f"{tls['version']}, client certificate "
+        f"{'required' if tls['client_certificate_required'] else 'not required'}.",
+        failed=failed,
+        missing=[],
+        limit="Read from the coordinator's own configuration.",
+    )
+
+
+def _certificates(report: Report) -> Check:
+    start, end = (datetime.fromisoformat(report["subject"][k]) for k in ("started_at", "finished_at"))
+    listed = report["certificates"]
+    outside = [
+        str(c["subject"])
+        for c in listed
+        if datetime.fromisoformat(c["not_before"]) > start or datetime.fromisoformat(c["not_after"]) < end
+    ]
+    outside += [c["owner"] for c in report["claims"] if not c["certificate_covers_run"]]
+    failed = [f"Not valid during the whole run: {', '.join(outside)}."] if outside else []
+    if end < start:
+        failed.append("The run ended before it started.")
+    return _result(
+        "certificates",
+        "All certificates were valid during the run",
+        f"{len(listed)} certificates and {len(report['claims'])} signing keys were compared with the "
+        "run's dates.",
+        failed=failed,
+        missing=[] if listed else ["No certificate is on record."],
+        limit="Each owner checked issuer and revocation when it joined; this report does not repeat that.",
+    )
+
+
+def _noise_conformance(_: Report) -> Check:
+    return _result(
+        "noise-conformance",
+        "The noise that was drawn is the noise that was promised",
+        "None.",
+        failed=[],
+        missing=["Conformance tests of the noise mechanism are not part of this version."],
+        limit="",
+    )
+
+
+def _lower_bounds(_: Report) -> Check:
+    return _result(
+        "lower-bounds",
+        "Attacks on the model find no more than was promised",
+        "None.",
+        failed=[],
+        missing=["Empirical lower bounds on epsilon are not part of this version."],
+        limit="",
+    )
+
+
+_CHECKS: tuple[Callable[[Report], Check], ...] = (
+    _noise_on,
+    _budget_kept,
+    _statements_agree,
+    _ledger_forward,
+    _no_server_key,
+    _received_content,
+    _cohort_size,
+    _openings_agree,
+    _model_countersigned,
+    _encryption_strength,
+    _tls,
+    _certificates,
+    _plan_binding,
+    _run_complete,
+    _noise_conformance,
+    _lower_bounds,
+)

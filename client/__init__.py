@@ -1,0 +1,1 @@
+"""An owner's node: policy, ledger, private training, sealing and opening."""

@@ -1,0 +1,230 @@
+"""Joining a run: `query.join`, `query.roster`, `query.keys`. Once per run."""
+
+from __future__ import annotations
+
+import secrets
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from client.membership import certified_member, member_keys, require_acceptable, verified_bodies
+from client.owner import Owner
+from client.policy import admit
+from client.state import Outcome, RunState
+from crypto.agreement import (
+    HpkeKey,
+    WrapContext,
+    fresh_half_seed,
+    pair_seed,
+    signed_hash,
+    wrap,
+    wrap_digests,
+    wraps_hash,
+)
+from crypto.bfv import BfvContext
+from crypto.masks import first_chain_key
+from crypto.presets import packing_for
+from crypto.secret import BfvKey, self_test
+from crypto.signing import sign
+from protocol.accounting import require_target
+from protocol.encoding import digest_bytes
+from protocol.errors import ModelMismatch, PlanInvalid, ProtocolViolation, RosterRefused
+from protocol.messages import (
+    Join,
+    JoinReply,
+    JoinRequest,
+    KeysReply,
+    KeysRequest,
+    RosterReply,
+    RosterRequest,
+    Session,
+    Wraps,
+)
+from protocol.optimizers import GlobalModel
+from protocol.plan import Plan
+
+
+def join(owner: Owner, request: JoinRequest) -> Outcome:
+    """Check a plan against policy and ledger, and consent to it.
+
+    Raises:
+        PlanInvalid, NoiseTooSmall, CapacityExceeded: The plan itself is not acceptable.
+        PolicyRefused, BudgetExhausted: This owner does not allow it.
+        ModelMismatch: The plan names another initial model than this code builds.
+        ProtocolViolation: The run was joined before with another plan.
+    """
+    plan = Plan.from_fields(request.plan)
+    known = owner.store.find(request.run)
+    if known is not None:
+        raise ProtocolViolation("this run was joined before; only the same request is answered again")
+    model = check_plan(owner, plan)
+    owner.ledger.open_run(request.run, plan)
+    hpke_key = HpkeKey.generate()
+    body = Join(
+        version=1,
+        run=request.run,
+        plan_hash=plan.sha256(),
+        nonce=secrets.token_hex(32),
+        hpke_key=hpke_key.public(),
+        ledger=owner.ledger.head(),
+    )
+    certificate = owner.credentials.signing_certificate.public_bytes(Encoding.DER)
+    reply = JoinReply(
+        certificate=certificate, join=sign(owner.credentials.signing_key, body)
+    )
+    state = RunState(
+        run=request.run, plan=plan.fields(), stage="joined", join=reply, hpke_secret=hpke_key.secret()
+    )
+    return Outcome(state, reply, model=model)
+
+
+def check_plan(owner: Owner, plan: Plan) -> GlobalModel:
+    """Run every check that needs no other party, and return round 0's model."""
+    if plan.privacy.noise == "local" and plan.privacy.noise_multiplier is None:
+        raise PlanInvalid("privacy.noise_multiplier: a plan that is sent must be resolved")
+    require_target(plan)
+    self_test(BfvContext(packing_for(plan.encryption.preset, plan.cohort.maximum)))
+    admit(owner.policy, plan)
+    model = GlobalModel.initial(owner.task(plan).initial_weights(plan))
+    if model.sha256() != plan.model.initial_sha256:
+        raise ModelMismatch("model.initial_sha256 is not the hash of the model that this code builds")
+    owner.examples(plan)
+    return model
+
+
+def roster(owner: Owner, state: RunState, request: RosterRequest) -> Outcome:
+    """Check all joins, wrap a half seed for every other member; the dealer wraps the encryption key.
+
+    Raises:
+        RosterRefused: The roster is not acceptable, or the run is bound to another one.
+        SignatureInvalid, CertificateRefused: An entry does not verify.
+    """
+    plan = state.parsed_plan()
+    if state.stage != "joined":
+        raise RosterRefused("this run is bound to a roster already")
+    keys = {}
+    for reply in request.members:
+        member = certified_member(owner, reply)
+        keys[member.fingerprint] = member.public_key
+    joins = verified_bodies([reply.join for reply in request.members], keys, Join)
+    signers = [reply.join.signer for reply in request.members]
+    require_acceptable(owner, plan, signers)
+    if state.join not in request.members:
+        raise RosterRefused("this owner's join was replaced")
+    if any(body.run != state.run or body.plan_hash != plan.sha256() for body in joins):
+        raise RosterRefused("a member joined another run or another plan")
+    roster_hash = signed_hash([reply.join for reply in request.members])
+    peers = {s: b.hpke_key for s, b in zip(signers, joins, strict=True) if s != owner.fingerprint}
+    return _wrap_for_peers(owner, state, request.members, roster_hash, peers)
+
+
+def _wrap_for_peers(
+    owner: Owner,
+    state: RunState,
+    members: list[JoinReply],
+    roster_hash: str,
+    peers: dict[str, bytes],
+) -> Outcome:
+    own, plan = owner.fingerprint, state.parsed_plan()
+    halves = {peer: fresh_half_seed() for peer in peers}
+    seeds = {
+        peer: wrap(key, halves[peer], WrapContext(state.run, roster_hash, own, peer, "pair"))
+        for peer, key in peers.items()
+    }
+    keys: dict[str, bytes] = {}
+    residues, commitment = None, None
+    if own == members[0].join.signer:
+        context = BfvContext(packing_for(plan.encryption.preset, plan.cohort.maximum))
+        bfv_key = BfvKey.generate(context)
+        residues, commitment = bfv_key.residues(), bfv_key.commitment()
+        keys = {
+            peer: wrap(key, residues, WrapContext(state.run, roster_hash, own, peer, "bfv"))
+            for peer, key in peers.items()
+        }
+    body = Wraps(
+        run=state.run,
+        plan_hash=plan.sha256(),
+        roster_hash=roster_hash,
+        wraps_hash=wraps_hash(wrap_digests(seeds, keys)),
+        key_commitment=commitment,
+    )
+    changed = state.with_changes(
+        stage="rostered", members=members, roster_hash=roster_hash, halves=halves, bfv_key=residues
+    )
+    signed = sign(owner.credentials.signing_key, body)
+    return Outcome(changed, RosterReply(wraps=signed, seeds=seeds, keys=keys))
+
+
+def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
+    """Open the wraps for this owner, derive the pair seeds, and fix the session.
+
+    Raises:
+        ProtocolViolation: A wrap is missing, was swapped, or the dealer broke its commitment.
+        SignatureInvalid: A signed message does not verify.
+    """
+    if state.stage != "rostered" or state.roster_hash is None or state.hpke_secret is None:
+        raise ProtocolViolation("keys are not expected now")
+    public_keys = member_keys(owner, state)
+    bodies = verified_bodies(request.wraps, public_keys, Wraps)
+    if [message.signer for message in request.wraps] != [m.join.signer for m in state.members]:
+        raise ProtocolViolation("the wraps are not from exactly the roster")
+    if any(body.roster_hash != state.roster_hash for body in bodies):
+        raise RosterRefused("a member was shown another roster")
+    signed = {message.signer: body for message, body in zip(request.wraps, bodies, strict=True)}
+    for sender, body in signed.items():
+        _check_digests(owner.fingerprint, sender, body, request)
+    hpke_key = HpkeKey.from_secret(state.hpke_secret)
+    chains = {
+        peer: first_chain_key(_pair(owner.fingerprint, peer, state, hpke_key, request))
+        for peer in state.halves
+    }
+    changed = state.with_changes(
+        stage="keyed",
+        session=signed_hash(request.wraps),
+        chain_keys=chains,
+        bfv_key=_dealt_key(owner.fingerprint, state, hpke_key, request, signed),
+        hpke_secret=None,
+        halves={},
+    )
+    confirmation = Session(session=changed.keyed_session())
+    return Outcome(changed, KeysReply(session=sign(owner.credentials.signing_key, confirmation)))
+
+
+def _check_digests(own: str, sender: str, body: Wraps, request: KeysRequest) -> None:
+    digests = request.wrap_digests.get(sender, {})
+    if wraps_hash(digests) != body.wraps_hash:
+        raise ProtocolViolation("wraps are not the ones that their sender signed")
+    if sender == own:
+        return
+    received = [digest_bytes(request.seeds.get(sender, b""))]
+    if body.key_commitment is not None:
+        received.append(digest_bytes(request.key or b""))
+    if digests.get(own) != received:
+        raise ProtocolViolation("a wrap for this owner was replaced")
+
+
+def _pair(own: str, peer: str, state: RunState, hpke_key: HpkeKey, request: KeysRequest) -> bytes:
+    context = WrapContext(state.run, str(state.roster_hash), peer, own, "pair")
+    peer_half = hpke_key.unwrap(request.seeds[peer], context)
+    return pair_seed(own, peer, state.halves[peer], peer_half, str(state.roster_hash))
+
+
+def _dealt_key(
+    own: str,
+    state: RunState,
+    hpke_key: HpkeKey,
+    request: KeysRequest,
+    signed: dict[str, Wraps],
+) -> bytes:
+    dealer = state.members[0].join.signer
+    if [signer for signer, body in signed.items() if body.key_commitment] != [dealer]:
+        raise ProtocolViolation("exactly the first member must deal the encryption key")
+    plan = state.parsed_plan()
+    if own == dealer:
+        residues = bytes(state.bfv_key or b"")
+    else:
+        context = WrapContext(state.run, str(state.roster_hash), dealer, own, "bfv")
+        residues = hpke_key.unwrap(request.key or b"", context)
+    bfv = BfvContext(packing_for(plan.encryption.preset, plan.cohort.maximum))
+    if BfvKey.from_residues(bfv, residues).commitment() != signed[dealer].key_commitment:
+        raise ProtocolViolation("the encryption key is not the one that the dealer committed to")
+    return residues

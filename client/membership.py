@@ -1,0 +1,78 @@
+"""Who is in a list: checks on members and round lists that joining and rounds share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from client.owner import Owner
+from client.state import RunState
+from crypto.certificates import Member, verify_signing_certificate
+from crypto.signing import verify
+from protocol.errors import RosterRefused, SignatureInvalid
+from protocol.messages import Body, JoinReply, Signed
+from protocol.plan import Plan
+
+B = TypeVar("B", bound=Body)
+
+
+def certified_member(owner: Owner, reply: JoinReply) -> Member:
+    """Verify the certificate of a roster entry and that its join is signed by that certificate's key.
+
+    Raises:
+        CertificateRefused: Not a valid member of this owner's authority.
+        SignatureInvalid: The join names another signer.
+    """
+    member = verify_signing_certificate(
+        reply.certificate, owner.authority, owner.revocations, datetime.now(UTC)
+    )
+    if reply.join.signer != member.fingerprint:
+        raise SignatureInvalid("a join is not signed by the certified key")
+    return member
+
+
+def member_keys(owner: Owner, state: RunState) -> dict[str, Ed25519PublicKey]:
+    """Return the signing keys of a session's members by fingerprint; certificates are checked again."""
+    members = [certified_member(owner, reply) for reply in state.members]
+    return {member.fingerprint: member.public_key for member in members}
+
+
+def verified_bodies(
+    messages: Sequence[Signed], keys: dict[str, Ed25519PublicKey], body_type: type[B]
+) -> list[B]:
+    """Verify signed messages of distinct session members in ascending order of fingerprint.
+
+    Raises:
+        RosterRefused: A signer is unknown, occurs twice or is out of order.
+        SignatureInvalid: A signature does not verify.
+    """
+    signers = [message.signer for message in messages]
+    if signers != sorted(set(signers)):
+        raise RosterRefused("signers are not distinct and in ascending order")
+    if not set(signers) <= keys.keys():
+        raise RosterRefused("a signer is not in this session")
+    return [verify(message, keys[message.signer], body_type) for message in messages]
+
+
+def require_acceptable(owner: Owner, plan: Plan, signers: Sequence[str]) -> None:
+    """Check a roster or a round's list against the plan and this owner's policy.
+
+    Raises:
+        RosterRefused: This owner is not in it, it is too small or too large, or too few of the owners
+            whose keys this owner has pinned are in it.
+    """
+    own, policy = owner.fingerprint, owner.policy
+    if own not in signers:
+        raise RosterRefused("this owner is not in the list")
+    smallest = max(plan.cohort.minimum, policy.plans.min_cohort)
+    if not smallest <= len(set(signers)) <= plan.cohort.maximum:
+        raise RosterRefused(f"the list must have {smallest} to {plan.cohort.maximum} owners")
+    known = (set(policy.peers.pinned.values()) & set(signers)) - {own}
+    if len(known) < policy.peers.min_known_peers:
+        raise RosterRefused(
+            f"peers.min_known_peers: {policy.peers.min_known_peers} pinned peers must be in the list, "
+            f"{len(known)} are"
+        )

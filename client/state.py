@@ -1,0 +1,215 @@
+"""An owner's durable protocol state: one row per run, sealed, plus the answers it has given.
+
+Everything that a repeated request or a restart needs is written before an answer leaves the node.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from crypto.vault import StorageBox
+from protocol.encoding import Blob, Digest, decode, encode
+from protocol.errors import SessionMismatch
+from protocol.messages import Count, Fingerprint, JoinReply, Message
+from protocol.optimizers import GlobalModel
+from protocol.plan import Plan
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (
+    run TEXT PRIMARY KEY, session TEXT UNIQUE, state BLOB NOT NULL, model BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS answers (
+    run TEXT NOT NULL, request TEXT NOT NULL, attempt INTEGER NOT NULL,
+    body BLOB NOT NULL, blob BLOB NOT NULL, PRIMARY KEY (run, request)
+);
+"""
+_STATE_LIMIT_BYTES = 64 * 1024 * 1024
+
+
+class RunState(Message):
+    """What an owner knows of one run. Secret fields are erased as soon as the protocol allows.
+
+    Attributes:
+        run: The coordinator's run identifier.
+        plan: The plan in canonical fields.
+        stage: How far joining has come.
+        hpke_secret: One-time key; erased when the session stands.
+        join: This owner's own join, as sent.
+        members: All members of the roster, in order; empty before `rostered`.
+        roster_hash: Hash of the roster; a run once bound to a roster refuses another.
+        halves: Half seeds that this owner wrapped; erased when the session stands.
+        session: The session's hash.
+        chain_keys: Mask chain key per peer, ratcheted to `chain_attempt`.
+        chain_attempt: Attempt that the chain keys belong to; earlier ones cannot be derived any more.
+        bfv_key: The session's encryption key as residues.
+        round: Finished rounds that this owner has applied.
+        sealed: Attempt to the hash of the list it was sealed for.
+        opened: Attempt to the hash of the headers it was opened for.
+    """
+
+    run: Digest
+    plan: dict[str, object]
+    stage: Literal["joined", "rostered", "keyed", "closed"]
+    join: JoinReply
+    hpke_secret: Blob | None = None
+    members: list[JoinReply] = Field(default_factory=list)
+    roster_hash: Digest | None = None
+    halves: dict[Fingerprint, Blob] = Field(default_factory=dict)
+    session: Digest | None = None
+    chain_keys: dict[Fingerprint, Blob] = Field(default_factory=dict)
+    chain_attempt: Count = 0
+    bfv_key: Blob | None = None
+    round: Count = 0
+    sealed: dict[str, Digest] = Field(default_factory=dict)
+    opened: dict[str, Digest] = Field(default_factory=dict)
+
+    def with_changes(self, **changes: object) -> RunState:
+        """Return a copy with some fields replaced."""
+        return self.model_copy(update=changes)
+
+    def parsed_plan(self) -> Plan:
+        """Return the plan; it was validated when the run was joined."""
+        return Plan.from_fields(self.plan)
+
+    def keyed_session(self) -> str:
+        """Return the session hash of a run whose keys stand.
+
+        Raises:
+            SessionMismatch: The run has no session yet, or is closed.
+        """
+        if self.stage != "keyed" or self.session is None:
+            raise SessionMismatch("this run has no open session")
+        return self.session
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply as it was sent: canonical body and blob."""
+
+    body: bytes
+    blob: bytes = b""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a protocol step leads to; all of it is stored before the reply leaves the node.
+
+    Attributes:
+        state: The run's new state.
+        reply: The message to answer.
+        blob: What travels beside the reply.
+        model: The global model, where the step changed it.
+    """
+
+    state: RunState
+    reply: Message
+    blob: bytes = b""
+    model: GlobalModel | None = None
+
+
+class StateStore:
+    """SQLite store of `RunState` rows and answers.
+
+    Args:
+        path: Database file; created with mode 0600.
+        box: Seals each state row; the owner's storage key never touches the disk.
+    """
+
+    def __init__(self, path: Path, box: StorageBox) -> None:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        os.close(descriptor)
+        self._box = box
+        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA synchronous=FULL")
+        self._database.execute("PRAGMA secure_delete=ON")
+        self._database.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    def find(self, run: str) -> RunState | None:
+        """Return the state of a run, or None if the owner never joined it."""
+        row = self._database.execute("SELECT run, state FROM runs WHERE run = ?", (run,)).fetchone()
+        return None if row is None else self._open_state(*row)
+
+    def by_session(self, session: str) -> RunState:
+        """Return the state of the run with this session.
+
+        Raises:
+            SessionMismatch: This owner is in no such session.
+        """
+        row = self._database.execute("SELECT run, state FROM runs WHERE session = ?", (session,)).fetchone()
+        if row is None:
+            raise SessionMismatch("this owner is not in the named session")
+        return self._open_state(*row)
+
+    def model(self, run: str) -> GlobalModel:
+        """Return the global model that this owner has computed so far."""
+        (sealed,) = self._database.execute("SELECT model FROM runs WHERE run = ?", (run,)).fetchone()
+        return GlobalModel.from_bytes(self._box.open(sealed, b"model/" + run.encode()))
+
+    def answer(self, run: str, request: str) -> Answer | None:
+        """Return what was answered to a byte-identical request, if anything."""
+        row = self._database.execute(
+            "SELECT body, blob FROM answers WHERE run = ? AND request = ?", (run, request)
+        ).fetchone()
+        return None if row is None else Answer(*row)
+
+    def save(
+        self,
+        state: RunState,
+        *,
+        model: GlobalModel | None = None,
+        request: str | None = None,
+        attempt: int = 0,
+        answer: Answer | None = None,
+    ) -> None:
+        """Write a state, and optionally its model and the answer to a request, in one transaction.
+
+        Answers of earlier attempts are dropped: the coordinator cannot need them any more.
+        """
+        sealed = self._box.seal(encode(state.model_dump(mode="json")), b"state/" + state.run.encode())
+        with self._transaction():
+            self._database.execute(
+                "INSERT INTO runs (run, session, state, model) VALUES (?, ?, ?, x'') "
+                "ON CONFLICT (run) DO UPDATE SET session = excluded.session, state = excluded.state",
+                (state.run, state.session, sealed),
+            )
+            if model is not None:
+                self._database.execute(
+                    "UPDATE runs SET model = ? WHERE run = ?",
+                    (self._box.seal(model.to_bytes(), b"model/" + state.run.encode()), state.run),
+                )
+            if request is not None and answer is not None:
+                self._database.execute(
+                    "DELETE FROM answers WHERE run = ? AND attempt > 0 AND attempt < ?",
+                    (state.run, attempt),
+                )
+                self._database.execute(
+                    "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
+                    (state.run, request, attempt, answer.body, answer.blob),
+                )
+
+    def _open_state(self, run: str, sealed: bytes) -> RunState:
+        plain = self._box.open(sealed, b"state/" + run.encode())
+        return RunState.from_fields(decode(plain, _STATE_LIMIT_BYTES))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")

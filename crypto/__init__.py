@@ -1,0 +1,1 @@
+"""Encryption, masks, key agreement, signatures, certificates and sealed files."""

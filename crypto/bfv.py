@@ -1,0 +1,187 @@
+"""The public side of BFV: frames to ciphertexts, and adding them. No secret key is used here.
+
+A frame is our own fixed-length form of a symmetric ciphertext: the 64-byte public seed of its random
+half, then one residue modulo q per coefficient of the other half, little endian. Bytes of a peer never
+reach the library's parser as they came: every residue is compared with q, and the library's object is
+built from a skeleton that is made here from the public parameters. `crypto.secret.self_test` compares
+that skeleton with a ciphertext that was really encrypted by the installed library.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+from typing import Final
+
+import numpy as np
+import tenseal.sealapi as seal
+from numpy.typing import NDArray
+
+from crypto.presets import SEED_BYTES, Packing
+from protocol.errors import EncryptionUnavailable, FrameInvalid
+
+_SEAL_MAGIC: Final = 0xA15E
+_SEAL_VERSION: Final = (4, 3)
+_NO_COMPRESSION: Final = 0
+_BLAKE2XB: Final = 1
+
+
+class SealFile:
+    """A file in memory, for SEAL, which reads and writes paths, not bytes.
+
+    Where the system has no memfd, it is a 0600 temporary file that `close` removes.
+    """
+
+    def __init__(self) -> None:
+        self._on_disk = not hasattr(os, "memfd_create")
+        if self._on_disk:
+            self._descriptor, self.path = tempfile.mkstemp(prefix="fedseal-")
+        else:
+            self._descriptor = os.memfd_create("fedseal")
+            self.path = f"/proc/self/fd/{self._descriptor}"
+
+    def read(self) -> bytes:
+        """Return the whole content."""
+        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+
+    def write(self, data: bytes) -> None:
+        """Replace the content."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, data, 0)
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            if self._on_disk:
+                os.unlink(self.path)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class BfvContext:
+    """SEAL's context for one `Packing`, with the frame format.
+
+    Args:
+        packing: The fitted preset; its moduli are asserted against what SEAL builds.
+
+    Raises:
+        EncryptionUnavailable: SEAL builds other moduli, or gives a lower security level.
+    """
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        self.seal = _build_context(packing)
+        self._evaluator = seal.Evaluator(self.seal)
+        self._file = SealFile()
+        self._head, self._tail = _skeleton(self.seal, packing)
+
+    def ciphertext(self, frame: bytes) -> seal.Ciphertext:
+        """Build the library's ciphertext from a peer's frame.
+
+        Raises:
+            FrameInvalid: Wrong length, or a residue that is not below q.
+        """
+        words = self.residues(frame[SEED_BYTES:]) if len(frame) == self.packing.frame_bytes else None
+        if words is None:
+            raise FrameInvalid(f"a frame must have {self.packing.frame_bytes} bytes")
+        body = self._head + words.tobytes() + self._tail + frame[:SEED_BYTES]
+        self._file.write(serialized(body))
+        ciphertext = seal.Ciphertext()
+        ciphertext.load(self.seal, self._file.path)
+        return ciphertext
+
+    def residues(self, data: bytes) -> NDArray[np.uint64]:
+        """Parse fixed-width residues modulo q, uint64 (slots,).
+
+        Raises:
+            FrameInvalid: Wrong length, or a residue that is not below q.
+        """
+        degree, width = self.packing.preset.poly_modulus_degree, self.packing.residue_bytes
+        if len(data) != degree * width:
+            raise FrameInvalid(f"residues must have {degree * width} bytes")
+        wide = np.zeros((degree, 8), dtype=np.uint8)
+        wide[:, :width] = np.frombuffer(data, dtype=np.uint8).reshape(degree, width)
+        words = wide.view("<u8").reshape(degree)
+        if np.any(words >= self.packing.preset.coefficient_modulus):
+            raise FrameInvalid("a residue is not below the modulus")
+        return words.astype(np.uint64)
+
+    def residue_bytes(self, words: NDArray[np.uint64]) -> bytes:
+        """Return fixed-width little-endian bytes of residues; inverse of `residues`."""
+        wide = words.astype("<u8").view(np.uint8).reshape(words.size, 8)
+        return np.ascontiguousarray(wide[:, : self.packing.residue_bytes]).tobytes()
+
+    def frame(self, body: bytes) -> bytes:
+        """Return the frame of a ciphertext that this process encrypted.
+
+        Args:
+            body: SEAL's uncompressed form of a seeded ciphertext, without its outer header.
+        """
+        degree = self.packing.preset.poly_modulus_degree
+        expected = len(self._head) + 8 * degree + len(self._tail) + SEED_BYTES
+        if len(body) != expected or not body.startswith(self._head):
+            raise EncryptionUnavailable("SEAL's ciphertext does not have the expected layout")
+        words = np.frombuffer(body, dtype="<u8", count=degree, offset=len(self._head))
+        return body[-SEED_BYTES:] + self.residue_bytes(words.astype(np.uint64))
+
+    def split(self, blob: bytes, frames: int) -> list[bytes]:
+        """Cut a blob into frames.
+
+        Raises:
+            FrameInvalid: The blob does not hold exactly `frames` frames.
+        """
+        size = self.packing.frame_bytes
+        if len(blob) != frames * size:
+            raise FrameInvalid(f"{frames} frames must have {frames * size} bytes")
+        return [blob[start : start + size] for start in range(0, len(blob), size)]
+
+    def add(self, total: seal.Ciphertext | None, frame: bytes) -> seal.Ciphertext:
+        """Add a peer's frame to a running sum; the first frame starts it."""
+        ciphertext = self.ciphertext(frame)
+        if total is None:
+            return ciphertext
+        self._evaluator.add_inplace(total, ciphertext)
+        return total
+
+
+def serialized(body: bytes) -> bytes:
+    """Put SEAL's 16-byte header for uncompressed data before `body`."""
+    header = struct.pack("<HBBBBHQ", _SEAL_MAGIC, 16, *_SEAL_VERSION, _NO_COMPRESSION, 0, 16 + len(body))
+    return header + body
+
+
+def _build_context(packing: Packing) -> seal.SEALContext:
+    preset = packing.preset
+    parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.BFV)
+    parameters.set_poly_modulus_degree(preset.poly_modulus_degree)
+    bits = [preset.coefficient_modulus.bit_length()]
+    parameters.set_coeff_modulus(seal.CoeffModulus.Create(preset.poly_modulus_degree, bits))
+    parameters.set_plain_modulus(
+        seal.PlainModulus.Batching(preset.poly_modulus_degree, packing.plain_modulus.bit_length())
+    )
+    level = getattr(seal.SEC_LEVEL_TYPE, f"TC{preset.security_bits}")
+    context = seal.SEALContext(parameters, True, level)
+    if not context.parameters_set():
+        raise EncryptionUnavailable("SEAL refuses the parameters at the required security level")
+    built = context.first_context_data().parms()
+    moduli = [modulus.value() for modulus in built.coeff_modulus()]
+    if moduli != [preset.coefficient_modulus] or built.plain_modulus().value() != packing.plain_modulus:
+        raise EncryptionUnavailable("SEAL builds other moduli than the preset names")
+    return context
+
+
+def _skeleton(context: seal.SEALContext, packing: Packing) -> tuple[bytes, bytes]:
+    """Return the bytes of SEAL's seeded ciphertext before its residues and before its seed."""
+    degree = packing.preset.poly_modulus_degree
+    polynomials, primes, scale, correction = 2, 1, 1.0, 1
+    fixed = struct.pack("<4Q", *context.first_parms_id())
+    fixed += struct.pack("<BQQQdQ", 0, polynomials, degree, primes, scale, correction)
+    data = struct.pack("<Q", degree)
+    head = fixed + serialized(data + bytes(8 * degree))[: 16 + len(data)]
+    generator = struct.pack("<B", _BLAKE2XB) + bytes(SEED_BYTES)
+    tail = serialized(generator)[: 16 + 1]
+    return head, tail

@@ -1,0 +1,115 @@
+"""Quantization of updates, and packing of the integers into slots.
+
+The update is a float64 vector. It is clamped to a public range, rounded stochastically to a grid of
+``2L + 1`` points, shifted to ``[0, 2L]``, and laid into frames: frame by frame, field by field, slot by
+slot. The last four slots of a frame hold a 1 from every contributor. Everything is exact integers from
+the rounding on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crypto.presets import CHECK_SLOTS, Packing
+from protocol.errors import OpeningRefused
+
+Integers = NDArray[np.uint64]
+Floats = NDArray[np.float64]
+
+
+def quantize(update: Floats, update_range: float, packing: Packing, uniforms: Floats) -> Integers:
+    """Clamp and round an update to the grid; unbiased inside the range.
+
+    Args:
+        update: float64 (n,), finite.
+        update_range: R > 0; values outside [-R, R] are clamped.
+        packing: Supplies L.
+        uniforms: float64 (n,) in [0, 1), from a secure stream; they decide the rounding.
+
+    Returns:
+        uint64 (n,) in [0, 2L]. The error of a value inside the range is below one step, R / L.
+    """
+    levels = float(packing.half_levels)
+    scaled = np.clip(update, -update_range, update_range) * (levels / update_range)
+    rounded = np.clip(np.floor(scaled + uniforms), -levels, levels)
+    return (rounded + levels).astype(np.uint64)
+
+
+def mean_update(sums: Integers, contributors: int, update_range: float, packing: Packing) -> Floats:
+    """Return the mean of the quantized updates from their opened sum, float64 (n,).
+
+    The integer part is exact; the one rounding is the final float64 division.
+    """
+    shifted = sums.astype(np.int64) - contributors * packing.half_levels
+    return shifted.astype(np.float64) * (update_range / packing.half_levels / contributors)
+
+
+def clipped_share(update: Floats, update_range: float) -> float:
+    """Return the share of values outside the range; it is for the owner only and never sent."""
+    return float(np.mean(np.abs(update) > update_range)) if update.size else 0.0
+
+
+def pack(values: Integers, packing: Packing) -> Integers:
+    """Lay quantized values into slots and set the check slots to 1.
+
+    Args:
+        values: uint64 (n,), each in [0, 2L].
+        packing: The fitted preset.
+
+    Returns:
+        uint64 (frames, slots), each entry below the plain modulus.
+    """
+    frames = packing.frames_for(values.size)
+    slots, fields = packing.preset.poly_modulus_degree, packing.preset.values_per_slot
+    padded = np.zeros(frames * packing.values_per_frame, dtype=np.uint64)
+    padded[: values.size] = values
+    grid = padded.reshape(frames, fields, slots - CHECK_SLOTS)
+    packed = np.ones((frames, slots), dtype=np.uint64)
+    packed[:, :-CHECK_SLOTS] = _join_fields(grid, packing.radix)
+    return packed
+
+
+def unpack_sum(packed: Integers, parameters: int, contributors: int, packing: Packing) -> Integers:
+    """Take the sums out of opened slots, after checking that they can be what they claim.
+
+    Args:
+        packed: uint64 (frames, slots) as decrypted.
+        parameters: Values to return.
+        contributors: Owners whose frames were added.
+        packing: The fitted preset.
+
+    Returns:
+        uint64 (parameters,), each in [0, 2 L contributors].
+
+    Raises:
+        OpeningRefused: A check slot does not count the contributors, or a field is out of range. Masks
+            that do not cancel, a missing owner and a foreign key all end here: a random frame passes
+            with probability below 2**-4096.
+    """
+    if not np.all(packed[:, -CHECK_SLOTS:] == contributors):
+        raise OpeningRefused("the check slots do not count the contributors")
+    fields = _split_fields(packed[:, :-CHECK_SLOTS], packing)
+    flat = fields.reshape(-1)
+    if np.any(flat[:parameters] > 2 * packing.half_levels * contributors):
+        raise OpeningRefused("a field is larger than the largest possible sum")
+    if np.any(flat[parameters:] != 0):
+        raise OpeningRefused("padding does not open to zero")
+    return flat[:parameters]
+
+
+def _join_fields(grid: Integers, radix: int) -> Integers:
+    packed = grid[:, -1, :].copy()
+    for field in range(grid.shape[1] - 2, -1, -1):
+        packed = packed * np.uint64(radix) + grid[:, field, :]
+    return packed
+
+
+def _split_fields(packed: Integers, packing: Packing) -> Integers:
+    fields = []
+    rest = packed
+    for _ in range(packing.preset.values_per_slot - 1):
+        rest, field = np.divmod(rest, np.uint64(packing.radix))
+        fields.append(field)
+    fields.append(rest)
+    return np.stack(fields, axis=1)

@@ -1,0 +1,159 @@
+"""Parameter sets of the homomorphic encryption, and the proof that a sum fits into them.
+
+All presets are BFV over one small ciphertext modulus, because nothing but addition is needed. The
+arithmetic here is plain Python integers, so that a plan can be checked without the encryption library;
+`crypto.bfv` asserts that the library builds exactly these moduli.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.encoding import digest
+from protocol.errors import CapacityExceeded
+
+CHECK_SLOTS: Final = 4
+"""Slots of every frame in which each contributor puts a 1."""
+
+FRESH_NOISE: Final = 21.5
+"""Bound on one fresh symmetric ciphertext's noise: SEAL's centred binomial error is at most 21, and
+encoding rounds by at most 1/2."""
+
+SEED_BYTES: Final = 64
+"""Public seed from which half of a symmetric ciphertext is expanded."""
+
+PLAIN_MODULI: Final = {47: 140737488273409, 44: 17592186028033, 42: 4398046486529}
+"""Largest primes congruent to 1 modulo 8192 of a given bit length, as SEAL chooses them."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One named parameter set.
+
+    Attributes:
+        name: Name in the plan.
+        poly_modulus_degree: Ring dimension, also the number of slots of a frame.
+        coefficient_modulus: Ciphertext modulus q, a prime.
+        values_per_slot: Quantized values that share one slot as digits of a radix.
+        plain_bits: (largest cohort, bits of the plain modulus t), in ascending order of cohort.
+        security_bits: Security class that SEAL's table gives for this q; asserted at start.
+    """
+
+    name: str
+    poly_modulus_degree: int
+    coefficient_modulus: int
+    values_per_slot: int
+    plain_bits: tuple[tuple[int, int], ...]
+    security_bits: int
+
+
+PRESETS: Final = {
+    "exact16": Preset("exact16", 4096, 72057594037641217, 2, ((8, 47), (64, 44), (256, 42)), 256),
+    "compact": Preset("compact", 4096, 72057594037641217, 3, ((8, 47), (64, 44), (256, 42)), 256),
+}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A preset fitted to a cohort: how values are quantized, packed and summed.
+
+    Attributes:
+        preset: The parameter set.
+        cohort: Most contributors of one sum.
+        plain_modulus: t; slots are integers modulo t.
+        radix: B, the size of one field; a slot holds `values_per_slot` fields.
+        half_levels: L; a value is quantized to an integer in [-L, L] and sent as an integer in [0, 2L].
+    """
+
+    preset: Preset
+    cohort: int
+    plain_modulus: int
+    radix: int
+    half_levels: int
+
+    @property
+    def values_per_frame(self) -> int:
+        """Quantized values that one frame carries."""
+        return (self.preset.poly_modulus_degree - CHECK_SLOTS) * self.preset.values_per_slot
+
+    @property
+    def residue_bytes(self) -> int:
+        """Bytes of one residue modulo q in a frame."""
+        return -(-self.preset.coefficient_modulus.bit_length() // 8)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Exact length of one frame in bytes."""
+        return SEED_BYTES + self.preset.poly_modulus_degree * self.residue_bytes
+
+    def frames_for(self, parameters: int) -> int:
+        """Return the number of frames for `parameters` values."""
+        return -(-parameters // self.values_per_frame)
+
+    def sha256(self) -> str:
+        """Return the hash that headers carry; equal packings have equal hashes."""
+        return digest(
+            {
+                "preset": self.preset.name,
+                "poly_modulus_degree": self.preset.poly_modulus_degree,
+                "coefficient_modulus": str(self.preset.coefficient_modulus),
+                "plain_modulus": str(self.plain_modulus),
+                "values_per_slot": self.preset.values_per_slot,
+                "half_levels": self.half_levels,
+                "cohort": self.cohort,
+            }
+        )
+
+
+def packing_for(preset_name: str, cohort: int) -> Packing:
+    """Fit a preset to a cohort and prove that its sums are exact.
+
+    The proof has two parts, both over integers. Decryption never fails if
+    ``cohort * 21.5 < q / (2 t)``. Fields never carry if twice the largest sum, ``2 * cohort * 2L``, is
+    below the radix; the factor two is one guard bit, so that a field out of range is evidence.
+
+    Args:
+        preset_name: A key of `PRESETS`.
+        cohort: Most contributors of one sum, at least 1.
+
+    Raises:
+        CapacityExceeded: No plain modulus of the preset holds this cohort.
+    """
+    preset = PRESETS[preset_name]
+    bits = next((bits for largest, bits in preset.plain_bits if cohort <= largest), None)
+    if bits is None:
+        largest = preset.plain_bits[-1][0]
+        raise CapacityExceeded(
+            f"encryption.preset: {preset_name} holds at most {largest} owners, cohort.maximum is {cohort}"
+        )
+    plain_modulus = PLAIN_MODULI[bits]
+    radix = _integer_root(plain_modulus, preset.values_per_slot)
+    half_levels = (radix - 1) // (4 * cohort)
+    packing = Packing(preset, cohort, plain_modulus, radix, half_levels)
+    prove_capacity(packing)
+    return packing
+
+
+def prove_capacity(packing: Packing) -> None:
+    """Check the two inequalities of `packing_for`; see there.
+
+    Raises:
+        CapacityExceeded: One of them does not hold.
+    """
+    q, t = packing.preset.coefficient_modulus, packing.plain_modulus
+    if not packing.cohort * FRESH_NOISE < q / (2 * t):
+        raise CapacityExceeded("encryption.preset: the noise of this many ciphertexts is too large")
+    if packing.half_levels < 1 or not 4 * packing.cohort * packing.half_levels < packing.radix:
+        raise CapacityExceeded("encryption.preset: a field cannot hold twice the largest sum")
+    if packing.radix**packing.preset.values_per_slot > t:
+        raise CapacityExceeded("encryption.preset: the fields of a slot do not fit the plain modulus")
+
+
+def _integer_root(value: int, degree: int) -> int:
+    root = round(value ** (1 / degree))
+    while root**degree > value:
+        root -= 1
+    while (root + 1) ** degree <= value:
+        root += 1
+    return root

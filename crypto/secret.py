@@ -1,0 +1,141 @@
+"""The secret side of BFV: keys, encryption, decryption. Only owners may import this module.
+
+The coordinator never loads it; a test starts a coordinator and checks. The key is shared by the owners
+of one session and is of use to none of them alone, because every update is masked before it is
+encrypted (see `crypto.masks`). No public, relinearization or Galois key is ever made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import tenseal.sealapi as seal
+import zstandard
+from numpy.typing import NDArray
+
+from crypto.bfv import BfvContext, SealFile, serialized
+from protocol.errors import EncryptionUnavailable, FrameInvalid
+
+_SEAL_HEADER_BYTES: Final = 16
+_COMMITMENT_TAG: Final = b"fedseal/bfv-key/1\0"
+
+
+class BfvKey:
+    """A secret key of one session.
+
+    Who may call: owners only. Make one with `generate` (the dealer) or `from_residues` (everyone else).
+    """
+
+    def __init__(self, context: BfvContext, key: seal.SecretKey) -> None:
+        self.context = context
+        self._key = key
+        self._encryptor = seal.Encryptor(context.seal, key)
+        self._decryptor = seal.Decryptor(context.seal, key)
+        self._encoder = seal.BatchEncoder(context.seal)
+        self._file = SealFile()
+        self._inflate = zstandard.ZstdDecompressor()
+
+    @classmethod
+    def generate(cls, context: BfvContext) -> BfvKey:
+        """Draw a fresh ternary key from the operating system's randomness."""
+        return cls(context, seal.KeyGenerator(context.seal).secret_key())
+
+    @classmethod
+    def from_residues(cls, context: BfvContext, data: bytes) -> BfvKey:
+        """Rebuild a key from the dealer's fixed-width residues; SEAL never parses the dealer's bytes.
+
+        Raises:
+            FrameInvalid: Wrong length, or a residue that is not below q.
+        """
+        words = context.residues(data)
+        body = struct.pack("<4Q", *context.seal.key_parms_id())
+        body += struct.pack("<Qd", words.size, 1.0)
+        body += serialized(struct.pack("<Q", words.size) + words.astype("<u8").tobytes())
+        file = SealFile()
+        file.write(serialized(body))
+        key = seal.SecretKey()
+        key.load(context.seal, file.path)
+        file.close()
+        return cls(context, key)
+
+    def residues(self) -> bytes:
+        """Return the key as fixed-width residues. Only for wrapping to the session's owners."""
+        self._key.save(self._file.path)
+        body = self._uncompressed()
+        words = np.frombuffer(body, dtype="<u8")[-self.context.packing.preset.poly_modulus_degree :]
+        self._file.write(b"")
+        return self.context.residue_bytes(words.astype(np.uint64))
+
+    def commitment(self) -> str:
+        """Return the hash to which the dealer commits; the key has far more entropy than a hash."""
+        return hashlib.sha256(_COMMITMENT_TAG + self.residues()).hexdigest()
+
+    def encrypt(self, slots: NDArray[np.uint64]) -> bytes:
+        """Encrypt one frame's slots under fresh randomness.
+
+        Args:
+            slots: uint64 (slots,), each below the plain modulus.
+
+        Returns:
+            One frame of exactly `Packing.frame_bytes` bytes.
+        """
+        plaintext = seal.Plaintext()
+        self._encoder.encode(slots.tolist(), plaintext)
+        self._encryptor.encrypt_symmetric(plaintext).save(self._file.path)
+        return self.context.frame(self._uncompressed())
+
+    def decrypt(self, total: seal.Ciphertext) -> NDArray[np.uint64]:
+        """Decrypt a sum that this owner added itself; uint64 (slots,).
+
+        Never call this on a ciphertext that another party made: a crafted one returns the key.
+        """
+        plaintext = seal.Plaintext()
+        self._decryptor.decrypt(total, plaintext)
+        return np.array(self._encoder.decode_uint64(plaintext), dtype=np.uint64)
+
+    def open_sum(self, columns: Sequence[Sequence[bytes]]) -> NDArray[np.uint64]:
+        """Add frames and decrypt the sums.
+
+        Args:
+            columns: For each frame position, the frames of all contributors.
+
+        Returns:
+            uint64 (frames, slots).
+        """
+        rows = []
+        for frames in columns:
+            total = None
+            for frame in frames:
+                total = self.context.add(total, frame)
+            if total is None:
+                raise FrameInvalid("there is no frame to add")
+            rows.append(self.decrypt(total))
+        return np.stack(rows)
+
+    def _uncompressed(self) -> bytes:
+        blob = self._file.read()
+        return self._inflate.decompressobj().decompress(blob[_SEAL_HEADER_BYTES:])
+
+
+def self_test(context: BfvContext) -> None:
+    """Check the frame format against the installed library, with a throw-away key.
+
+    Raises:
+        EncryptionUnavailable: A frame made here does not decrypt to what went in, two frames do not add,
+            or a key does not survive its fixed-width form.
+    """
+    degree = context.packing.preset.poly_modulus_degree
+    modulus = context.packing.plain_modulus
+    slots = (np.arange(degree, dtype=np.uint64) * np.uint64(2654435761)) % np.uint64(modulus)
+    try:
+        key = BfvKey.generate(context)
+        copy = BfvKey.from_residues(context, key.residues())
+        opened = copy.open_sum([[key.encrypt(slots), copy.encrypt(slots)]])[0]
+    except (ValueError, RuntimeError, FrameInvalid) as error:
+        raise EncryptionUnavailable("SEAL's format is not the expected one") from error
+    if not np.array_equal(opened, (slots + slots) % np.uint64(modulus)):
+        raise EncryptionUnavailable("a test sum does not open to what went in")

@@ -1,0 +1,1 @@
+"""From the finished model to a small, signed, verified package."""

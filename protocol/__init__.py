@@ -1,0 +1,1 @@
+"""What all sides agree on: plan, messages, encoding, accounting, errors. No sockets, no torch."""

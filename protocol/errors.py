@@ -1,0 +1,335 @@
+"""Coded errors: every refusal says what happened, why, and what to do.
+
+A code never changes its meaning. `docs/errors.md` has one line per code, and a test keeps the two in
+step. Only the code ever crosses the wire; `detail` stays on the machine that raised the error.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FedsealError(Exception):
+    """Base of all errors that fedseal raises on purpose.
+
+    Attributes:
+        code: Stable identifier, for example ``FS-BUDGET-01``.
+        what: One sentence that says what happened.
+        remedy: One sentence that says what to do about it.
+        exit_code: Exit status of the command line when the error ends it.
+        detail: What is particular to this occurrence: a field name, a limit. Never private data.
+    """
+
+    code: ClassVar[str] = "FS-GENERAL-01"
+    what: ClassVar[str] = "fedseal refused to go on."
+    remedy: ClassVar[str] = "Read the detail and correct the input."
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, detail: str = "") -> None:
+        self.detail = detail
+        super().__init__(f"{self.code}: {self.what} {detail}".rstrip())
+
+    def explain(self) -> str:
+        """Return the message for a person: code, what, detail and remedy on separate lines."""
+        lines = [f"{self.code}  {self.what}"]
+        if self.detail:
+            lines.append(f"  why: {self.detail}")
+        lines.append(f"  do:  {self.remedy}")
+        return "\n".join(lines)
+
+
+class PlanInvalid(FedsealError):
+    """A plan has an unknown key, a wrong type or an impossible value."""
+
+    code = "FS-PLAN-01"
+    what = "The plan is not valid."
+    remedy = "Correct the named field; docs/plan.md describes every field."
+    exit_code = 2
+
+
+class CapacityExceeded(FedsealError):
+    """The encryption preset cannot hold the sum of this cohort."""
+
+    code = "FS-PLAN-02"
+    what = "The encryption preset cannot hold an exact sum for this cohort."
+    remedy = "Lower cohort.maximum or choose a preset for larger cohorts."
+    exit_code = 2
+
+
+class NoiseTooSmall(FedsealError):
+    """The noise multiplier does not reach the privacy target."""
+
+    code = "FS-PLAN-03"
+    what = "privacy.noise_multiplier is too small for privacy.target_epsilon."
+    remedy = "Leave privacy.noise_multiplier out to have it calibrated, or raise target_epsilon."
+    exit_code = 2
+
+
+class PolicyInvalid(FedsealError):
+    """An owner's policy file has an unknown key, a wrong type or an impossible value."""
+
+    code = "FS-POLICY-01"
+    what = "The policy is not valid."
+    remedy = "Correct the named field; docs/policy.md describes every field."
+    exit_code = 2
+
+
+class PolicyRefused(FedsealError):
+    """A plan asks for more than the owner's policy allows."""
+
+    code = "FS-POLICY-02"
+    what = "The plan is outside this owner's policy."
+    remedy = "Change the plan, or have the owner change the named policy field."
+    exit_code = 3
+
+
+class BudgetExhausted(FedsealError):
+    """The next release would exceed a privacy cap of this owner."""
+
+    code = "FS-BUDGET-01"
+    what = "The privacy budget of this dataset does not cover the next release."
+    remedy = "Stop using this dataset, or have its owner raise the cap in policy.toml."
+    exit_code = 3
+
+
+class LedgerCorrupt(FedsealError):
+    """The hash chain of the privacy ledger does not verify."""
+
+    code = "FS-LEDGER-01"
+    what = "The privacy ledger was changed or damaged."
+    remedy = "Restore the newest backup; never start with an empty ledger for the same people."
+    exit_code = 3
+
+
+class LedgerRollback(FedsealError):
+    """The privacy ledger is older than a head that is known elsewhere."""
+
+    code = "FS-LEDGER-02"
+    what = "The privacy ledger is older than its last known head."
+    remedy = "Restore the ledger that has the newer head; an older copy under-counts what was spent."
+    exit_code = 3
+
+
+class LedgerConflict(FedsealError):
+    """A ledger operation does not follow the order reserve, then commit or void."""
+
+    code = "FS-LEDGER-03"
+    what = "The privacy ledger refused an operation that does not follow its order."
+    remedy = "Report this with the ledger's record list; it points to a fault in the caller."
+    exit_code = 3
+
+
+class EncodingInvalid(FedsealError):
+    """Bytes of a peer are not the canonical encoding of the expected message."""
+
+    code = "FS-WIRE-01"
+    what = "A message is not in canonical form."
+    remedy = "Make sure that all parties run the same fedseal version; else treat the peer as hostile."
+    exit_code = 4
+
+
+class SignatureInvalid(FedsealError):
+    """A signature does not verify, or its signer is not who it should be."""
+
+    code = "FS-WIRE-02"
+    what = "A signature does not verify."
+    remedy = "Treat the message as forged; check the peer's certificate and the coordinator."
+    exit_code = 4
+
+
+class ProtocolViolation(FedsealError):
+    """A message is well-formed but not allowed at this point of the protocol."""
+
+    code = "FS-WIRE-03"
+    what = "A message is not allowed at this point of the protocol."
+    remedy = "Check that the coordinator and all owners run the same version and the same run."
+    exit_code = 4
+
+
+class RosterRefused(FedsealError):
+    """A roster or a round's list does not satisfy this owner's conditions."""
+
+    code = "FS-ROSTER-01"
+    what = "The list of owners does not satisfy this owner's conditions."
+    remedy = "Check cohort.minimum, the pinned peers and min_known_peers in policy.toml."
+    exit_code = 4
+
+
+class SessionMismatch(FedsealError):
+    """A message belongs to another session or another run."""
+
+    code = "FS-ROSTER-02"
+    what = "A message belongs to another session."
+    remedy = "Let the coordinator start a fresh join; a message of another session is never accepted."
+    exit_code = 4
+
+
+class AttemptRefused(FedsealError):
+    """An attempt number or a repeated request is not acceptable."""
+
+    code = "FS-ROUND-01"
+    what = "This attempt was already used or is out of order."
+    remedy = "The coordinator must use a higher attempt number; nothing is ever sealed or opened twice."
+    exit_code = 4
+
+
+class ModelMismatch(FedsealError):
+    """The model that the coordinator names is not the one this owner computed."""
+
+    code = "FS-ROUND-02"
+    what = "The coordinator's model is not the one that follows from the signed openings."
+    remedy = "Check that all parties run the same fedseal version; else treat the coordinator as hostile."
+    exit_code = 4
+
+
+class OpeningRefused(FedsealError):
+    """An encrypted sum did not open to what it must."""
+
+    code = "FS-ROUND-03"
+    what = "The encrypted sum does not open to the announced contributors."
+    remedy = "The round is void; the coordinator starts a new attempt without the owner at fault."
+    exit_code = 4
+
+
+class FrameInvalid(FedsealError):
+    """A ciphertext frame has a wrong length, digest or residue."""
+
+    code = "FS-FRAME-01"
+    what = "A ciphertext frame is malformed."
+    remedy = "The sender's update is dropped; check its version and its network."
+    exit_code = 4
+
+
+class EncryptionUnavailable(FedsealError):
+    """The homomorphic encryption library does not behave as measured."""
+
+    code = "FS-FRAME-02"
+    what = "The encryption library failed its self-test."
+    remedy = "Install the pinned TenSEAL version of constraints.txt and run fedseal doctor."
+    exit_code = 4
+
+
+class CertificateRefused(FedsealError):
+    """A certificate is missing, foreign, expired, revoked or for another use."""
+
+    code = "FS-CERT-01"
+    what = "A certificate was refused."
+    remedy = "Check its issuer and its dates with fedseal pki show; issue a new one if needed."
+    exit_code = 5
+
+
+class SecretUnavailable(FedsealError):
+    """A secret cannot be decrypted, or its file is readable by others."""
+
+    code = "FS-CERT-02"
+    what = "A secret could not be opened."
+    remedy = "Give the right passphrase, and keep secret files at mode 0600."
+    exit_code = 5
+
+
+class DataInvalid(FedsealError):
+    """An owner's data file does not fit the task."""
+
+    code = "FS-DATA-01"
+    what = "The data file does not fit the task."
+    remedy = "Compare the file with the reader's description in docs/tasks.md."
+    exit_code = 6
+
+
+class ModelUnsafe(FedsealError):
+    """A model cannot be trained with a per-example privacy guarantee."""
+
+    code = "FS-MODEL-01"
+    what = "This model cannot be trained with a per-example privacy guarantee."
+    remedy = "Replace layers that mix examples of a batch, for example BatchNorm by GroupNorm."
+    exit_code = 6
+
+
+class TrainingFailed(FedsealError):
+    """Local training stopped; the reason stays on the owner's machine."""
+
+    code = "FS-TRAIN-01"
+    what = "Local training stopped."
+    remedy = "Look at the owner's own log; nothing about the cause leaves its machine."
+    exit_code = 6
+
+
+class QuorumNotMet(FedsealError):
+    """Too few owners answered for the run to go on."""
+
+    code = "FS-RUN-01"
+    what = "Too few owners answered in time."
+    remedy = "Start the missing owners and resume; what was finished is kept."
+    exit_code = 7
+
+
+class RunFailed(FedsealError):
+    """The run ended before its last round."""
+
+    code = "FS-RUN-02"
+    what = "The run ended before its last round."
+    remedy = "Read the run's events with fedseal run show, mend the cause and start it again."
+    exit_code = 7
+
+
+class ServerUnavailable(FedsealError):
+    """The coordinator does not answer or refuses the connection."""
+
+    code = "FS-RUN-03"
+    what = "The coordinator cannot be reached."
+    remedy = "Start fedseal server, and check address, port and certificates with fedseal doctor."
+    exit_code = 7
+
+
+class FlowerChanged(FedsealError):
+    """The installed Flower version does not have what fedseal builds on."""
+
+    code = "FS-FLOWER-01"
+    what = "The installed Flower does not have the internals that fedseal builds on."
+    remedy = "Install the pinned flwr version of constraints.txt."
+    exit_code = 8
+
+
+class PackageInvalid(FedsealError):
+    """A model package is incomplete, changed or not signed by the expected key."""
+
+    code = "FS-PACKAGE-01"
+    what = "The model package does not verify."
+    remedy = "Do not load it; get a fresh copy and the signer's public key from its owner."
+    exit_code = 9
+
+
+class CompressionRefused(FedsealError):
+    """A compression step would break a promise."""
+
+    code = "FS-PACKAGE-02"
+    what = "A compression step was refused."
+    remedy = "Lower compression.prune_ratio or raise compression.max_accuracy_drop."
+    exit_code = 9
+
+
+class ReportInvalid(FedsealError):
+    """An audit report does not fit its schema or its signature."""
+
+    code = "FS-AUDIT-01"
+    what = "The audit report does not verify."
+    remedy = "Do not rely on it; render a new one from the run with fedseal audit."
+    exit_code = 9
+
+
+class EnvironmentUnfit(FedsealError):
+    """The machine lacks something that fedseal needs."""
+
+    code = "FS-DOCTOR-01"
+    what = "This machine is not ready."
+    remedy = "Follow the hints that fedseal doctor prints."
+    exit_code = 10
+
+
+class PackageNotWritten(FedsealError):
+    """A model package was not written because it would replace another or contradict its plan."""
+
+    code = "FS-PACKAGE-03"
+    what = "The model package was not written."
+    remedy = "Correct what the detail names; move an older package of the same name away first."
+    exit_code = 9

@@ -1,0 +1,78 @@
+"""Server optimizers as pure functions of float64 vectors.
+
+The coordinator and every owner run the same code on the same opened sums, so that each owner knows that
+the next round's model is the one that follows and not one made for it. Only element-wise operations are
+used; they are the same to the bit on every IEEE 754 machine.
+Source: Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.plan import ServerOptimizerSection
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """The global model and the optimizer's memory, all float64 (n,)."""
+
+    weights: Vector
+    first_moment: Vector
+    second_moment: Vector
+
+    @classmethod
+    def initial(cls, weights: Vector) -> GlobalModel:
+        """Start from round 0's weights with an empty memory."""
+        return cls(weights, np.zeros_like(weights), np.zeros_like(weights))
+
+    def sha256(self) -> str:
+        """Return the model hash: over weights and memory, little-endian float64."""
+        state = hashlib.sha256(b"fedseal/model/1\0")
+        for part in (self.weights, self.first_moment, self.second_moment):
+            state.update(part.astype("<f8").tobytes())
+        return state.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Return the three vectors one after the other, little-endian float64."""
+        parts = (self.weights, self.first_moment, self.second_moment)
+        return b"".join(part.astype("<f8").tobytes() for part in parts)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> GlobalModel:
+        """Inverse of `to_bytes`."""
+        weights, first, second = np.frombuffer(data, dtype="<f8").astype(np.float64).reshape(3, -1)
+        return cls(weights, first, second)
+
+
+def apply_update(model: GlobalModel, mean: Vector, optimizer: ServerOptimizerSection) -> GlobalModel:
+    """Return the next global model.
+
+    Args:
+        model: The current model.
+        mean: float64 (n,), the mean of the owners' updates.
+        optimizer: Section of the plan; public constants only.
+    """
+    rate, beta = optimizer.learning_rate, optimizer.momentum
+    if optimizer.name == "fedavg":
+        return GlobalModel(model.weights + rate * mean, model.first_moment, model.second_moment)
+    if optimizer.name == "fedavgm":
+        first = beta * model.first_moment + mean
+        return GlobalModel(model.weights + rate * first, first, model.second_moment)
+    first = beta * model.first_moment + (1.0 - beta) * mean
+    second = _second_moment(model.second_moment, mean * mean, optimizer)
+    step = rate * first / (np.sqrt(second) + optimizer.epsilon)
+    return GlobalModel(model.weights + step, first, second)
+
+
+def _second_moment(old: Vector, square: Vector, optimizer: ServerOptimizerSection) -> Vector:
+    beta = optimizer.second_moment
+    if optimizer.name == "fedadam":
+        return beta * old + (1.0 - beta) * square
+    return old - (1.0 - beta) * square * np.sign(old - square)

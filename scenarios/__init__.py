@@ -1,0 +1,1 @@
+"""Federations that are made up on one machine: in-process grid, demo, simulation."""

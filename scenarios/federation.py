@@ -1,0 +1,138 @@
+"""Making a whole federation on one machine: authority, identities, policies, data files.
+
+The demo, simulations and tests use it. On real machines each party makes its own part with
+``fedseal pki`` and writes its own policy.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from numpy.typing import NDArray
+
+from client.owner import IDENTITY, POLICY
+from crypto.certificates import fingerprint
+from crypto.pki import init_pki, issue_owner, issue_server
+from crypto.vault import write_private
+from tasks.partition import write_examples
+
+Split = tuple[NDArray[Any], NDArray[Any]]
+DATA = "data.npz"
+
+
+@dataclass(frozen=True)
+class OwnerHome:
+    """One owner of a made-up federation."""
+
+    name: str
+    folder: Path
+    passphrase: bytes
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A made-up federation.
+
+    Attributes:
+        folder: Holds ``pki/``, ``server/`` and ``owners/``.
+        server_home: The coordinator's home.
+        server_passphrase: Opens the coordinator's TLS key.
+        owners: The owners' homes.
+    """
+
+    folder: Path
+    server_home: Path
+    server_passphrase: bytes
+    owners: tuple[OwnerHome, ...]
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """What every made-up owner allows.
+
+    Attributes:
+        epsilon_total: Cap over all runs.
+        epsilon_per_run: Cap of one run.
+        delta_total: Cap over all runs.
+        min_cohort: Fewest owners of a sum.
+        min_known_peers: Pinned owners that must be in every list.
+    """
+
+    epsilon_total: float = 16.0
+    epsilon_per_run: float = 8.0
+    delta_total: float = 1e-4
+    min_cohort: int = 3
+    min_known_peers: int = 2
+
+
+def make_federation(
+    folder: Path, splits: Sequence[Split], settings: PolicySettings | None = None
+) -> Federation:
+    """Create an authority, a coordinator and one owner per split, each in a folder of its own.
+
+    The authority's passphrase is forgotten on return, so that nobody can be added later.
+
+    Args:
+        folder: Empty or missing.
+        splits: Raw (x, y) of each owner.
+        settings: What every owner's policy allows.
+    """
+    pki, authority_passphrase = folder / "pki", _passphrase()
+    init_pki(pki, "fedseal demo authority", authority_passphrase, days=30)
+    server_passphrase = _passphrase()
+    issue_server(pki, authority_passphrase, server_passphrase, days=30)
+    names = [f"owner-{index + 1}" for index in range(len(splits))]
+    issued = {}
+    for name in names:
+        passphrase = _passphrase()
+        credentials = issue_owner(pki, authority_passphrase, name, passphrase, days=30)
+        issued[name] = (passphrase, fingerprint(credentials.signing_key.public_key()))
+    pins = {name: print_ for name, (_, print_) in issued.items()}
+    server_home = folder / "server"
+    shutil.copytree(pki / "server", server_home / IDENTITY)
+    shutil.copytree(pki / "members", server_home / "members")
+    owners = []
+    for name, split in zip(names, splits, strict=True):
+        passphrase, print_ = issued[name]
+        home = folder / "owners" / name
+        shutil.copytree(pki / "owners" / name, home / IDENTITY)
+        write_examples(home / DATA, *split)
+        policy = policy_fields(f"{name}-records", pins, name, settings or PolicySettings())
+        write_private(home / POLICY, tomli_w.dumps(policy).encode())
+        owners.append(OwnerHome(name, home, passphrase, print_))
+    return Federation(folder, server_home, server_passphrase, tuple(owners))
+
+
+def policy_fields(
+    dataset: str, pins: dict[str, str], own: str, settings: PolicySettings
+) -> dict[str, Any]:
+    """Return the fields of a policy.toml that pins all other owners."""
+    return {
+        "dataset": dataset,
+        "data_file": DATA,
+        "budget": {
+            "epsilon_total": settings.epsilon_total,
+            "epsilon_per_run": settings.epsilon_per_run,
+            "delta_total": settings.delta_total,
+        },
+        "plans": {
+            "tasks": ["image-classification"],
+            "models": ["linear", "mlp"],
+            "min_cohort": settings.min_cohort,
+        },
+        "peers": {
+            "pinned": {name: print_ for name, print_ in pins.items() if name != own},
+            "min_known_peers": settings.min_known_peers,
+        },
+    }
+
+
+def _passphrase() -> bytes:
+    return secrets.token_urlsafe(32).encode()

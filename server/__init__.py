@@ -1,0 +1,1 @@
+"""The coordinator: SuperLink launcher, rounds, run store. It holds no secret of any owner."""

@@ -1,0 +1,104 @@
+"""The coordinator's ServerApp. It runs in a process that Flower's SuperExec starts, with installed code.
+
+The run's configuration holds nothing but the name of a folder below ``$FEDSEAL_SERVER_HOME/runs``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from crypto.pki import Trust, load_trust
+from protocol.errors import FedsealError, RunFailed
+from protocol.optimizers import GlobalModel
+from protocol.plan import Plan
+from server.store import RunStore, now_text
+from server.strategy import Evaluate, SealStrategy, paused_or_failed
+from tasks.images import unflatten
+from tasks.registry import task_for
+
+_LOG = logging.getLogger("fedseal.server")
+HOME_VARIABLE = "FEDSEAL_SERVER_HOME"
+PUBLIC_DATA = "public.npz"
+
+
+def evaluator(plan: Plan, public_data: Path) -> Evaluate:
+    """Return a function that measures a model on public data; without data it returns None."""
+    if not public_data.exists():
+        return lambda _model: None
+    task = task_for(plan)
+    examples, network = task.read(public_data), task.build_model(plan)
+
+    def evaluate(model: GlobalModel) -> float:
+        unflatten(network, model.weights)
+        return task.evaluate(network, examples)
+
+    return evaluate
+
+
+def run_plan(
+    grid: Grid,
+    store: RunStore,
+    trust: Trust,
+) -> None:
+    """Run the plan of a store over a grid; the store ends as finished, paused or failed.
+
+    Raises:
+        FedsealError: Why the run did not finish; it is recorded before it is raised.
+    """
+    plan = store.plan()
+    initial = GlobalModel.initial(task_for(plan).initial_weights(plan))
+    evaluate = evaluator(plan, store.folder / PUBLIC_DATA)
+    store.set("state", "running")
+    store.set("started_at", now_text())
+    store.set("loaded_secret_modules", secret_modules())
+    try:
+        SealStrategy(store, initial, evaluate, trust).start(grid)
+    except FedsealError as error:
+        store.set("state", paused_or_failed(error))
+        store.set("problem", {"code": error.code, "text": error.explain()})
+        store.set("finished_at", now_text())
+        store.event("ended", state=paused_or_failed(error), code=error.code)
+        raise
+    finally:
+        store.set("loaded_secret_modules", secret_modules())
+
+
+def secret_modules() -> list[str]:
+    """Return the modules of this process that could use a secret encryption key; it must be none."""
+    return sorted(name for name in sys.modules if name in ("crypto.secret", "client.rounds"))
+
+
+def open_run_folder(name: str) -> RunStore:
+    """Open a run folder of this coordinator by its name.
+
+    Raises:
+        RunFailed: The name is not one of a folder below the coordinator's home.
+    """
+    home = os.environ.get(HOME_VARIABLE, "")
+    if not home or not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,90}", name):
+        raise RunFailed("the run's configuration names no run of this coordinator")
+    folder = Path(home) / "runs" / name
+    if not folder.is_dir():
+        raise RunFailed("the run's configuration names no run of this coordinator")
+    return RunStore(folder)
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the plan that the run's configuration names."""
+    store = open_run_folder(str(context.run_config["run"]))
+    pki = Path(os.environ[HOME_VARIABLE]) / "identity"
+    try:
+        run_plan(grid, store, load_trust(pki))
+    finally:
+        store.close()

@@ -1,0 +1,248 @@
+"""Establishing a session: the coordinator's side of `query.join`, `query.roster` and `query.keys`."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from crypto.agreement import signed_hash, wrap_digests
+from crypto.certificates import verify_signing_certificate
+from crypto.pki import Trust
+from crypto.signing import verify
+from protocol.errors import FedsealError, ProtocolViolation, QuorumNotMet
+from protocol.messages import (
+    Join,
+    JoinReply,
+    JoinRequest,
+    KeysReply,
+    KeysRequest,
+    LedgerHead,
+    RosterReply,
+    RosterRequest,
+    Session,
+    Wraps,
+)
+from protocol.plan import Plan
+from server.exchange import Exchanger, Reply, Request
+from server.store import RunStore
+
+_LOG = logging.getLogger("fedseal.server")
+_SETTLE_S = 3.0
+
+
+@dataclass
+class Member:
+    """An owner as the coordinator knows it.
+
+    Attributes:
+        name: Common name of its certificate.
+        fingerprint: SHA-256 of its signing public key.
+        node: Flower's node id; a restarted node keeps it.
+        public_key: Verifies its signatures.
+        joined: Its join as it was sent.
+        first_head: Ledger head that it signed when it joined.
+        last_head: Newest ledger head that it signed.
+        known_round: Finished rounds that it has certainly applied.
+        activated: Node activation in which it was last asked; it is skipped once it failed to answer,
+            until it comes back.
+        absent: Whether it failed to answer since that activation.
+        sealed: Attempts that it sealed.
+    """
+
+    name: str
+    fingerprint: str
+    node: int
+    public_key: Ed25519PublicKey
+    joined: JoinReply
+    first_head: LedgerHead
+    last_head: LedgerHead
+    known_round: int = 0
+    activated: str = ""
+    absent: bool = False
+    sealed: int = 0
+
+
+@dataclass
+class ServerSession:
+    """A session whose members all confirmed the same keys."""
+
+    run: str
+    session: str
+    members: dict[str, Member] = field(default_factory=dict)
+
+    def by_node(self, node: int) -> Member:
+        """Return the member behind a node."""
+        return next(member for member in self.members.values() if member.node == node)
+
+
+def wait_for_owners(exchanger: Exchanger, plan: Plan) -> dict[int, str]:
+    """Wait until the largest cohort is online, or the smallest one and nobody else comes.
+
+    Raises:
+        QuorumNotMet: Fewer than `cohort.minimum` nodes are online at `deadlines.join_s`.
+    """
+    deadline = time.monotonic() + plan.deadlines.join_s
+    nodes, changed = exchanger.online(), time.monotonic()
+    while time.monotonic() < deadline:
+        current = exchanger.online()
+        if current.keys() != nodes.keys():
+            nodes, changed = current, time.monotonic()
+        settled = time.monotonic() - changed > _SETTLE_S
+        if len(nodes) >= plan.cohort.maximum or (len(nodes) >= plan.cohort.minimum and settled):
+            break
+        time.sleep(0.1)
+    if len(nodes) < plan.cohort.minimum:
+        raise QuorumNotMet(f"{len(nodes)} owners are online, {plan.cohort.minimum} are needed")
+    return dict(sorted(nodes.items())[: plan.cohort.maximum])
+
+
+class Joining:
+    """Runs the three joining exchanges for one plan.
+
+    Args:
+        exchanger: Sends requests.
+        store: Records refusals and owners.
+        plan: The resolved plan.
+        trust: The federation's authority and its revocation list.
+    """
+
+    def __init__(
+        self,
+        exchanger: Exchanger,
+        store: RunStore,
+        plan: Plan,
+        trust: Trust,
+    ) -> None:
+        self._exchanger = exchanger
+        self._store = store
+        self._plan = plan
+        self._trust = trust
+
+    def establish(self) -> ServerSession:
+        """Join all owners that consent, and return the session.
+
+        An owner that fails after its join spoils the roster, so joining starts again without it; a run
+        identifier is never used for two rosters.
+
+        Raises:
+            QuorumNotMet: Too few owners consent, or joining failed three times.
+        """
+        nodes = wait_for_owners(self._exchanger, self._plan)
+        for _ in range(3):
+            run = secrets.token_hex(32)
+            members = self._join(run, nodes)
+            replies = self._roster(run, members)
+            if replies.keys() == members.keys():
+                session = self._keys(run, members, replies)
+                if session is not None:
+                    return session
+            nodes = {node: nodes[node] for node in nodes if self._still_willing(node, members)}
+        raise QuorumNotMet("joining failed three times")
+
+    def _join(self, run: str, nodes: dict[int, str]) -> dict[str, Member]:
+        request = Request(JoinRequest(run=run, plan=self._plan.fields()).to_bytes())
+        members: dict[str, Member] = {}
+        for reply in self._ask("query.join", dict.fromkeys(nodes, request)):
+            try:
+                member = self._member(run, reply)
+            except FedsealError as error:
+                self._store.refuse(str(reply.node), "query.join", error.code)
+                continue
+            members[member.fingerprint] = member
+        members = dict(sorted(members.items()))
+        self._store.event("joined", owners=len(members))
+        if len(members) < self._plan.cohort.minimum:
+            raise QuorumNotMet(
+                f"{len(members)} owners joined, {self._plan.cohort.minimum} are needed; "
+                f"refusals: {self._codes()}"
+            )
+        for member in members.values():
+            member.activated = nodes[member.node]
+        return members
+
+    def _codes(self) -> str:
+        codes = [refusal["code"] for refusal in self._store.refusals()]
+        return ", ".join(sorted(set(codes))) or "none"
+
+    def _member(self, run: str, reply: Reply) -> Member:
+        joined = JoinReply.from_bytes(reply.body)
+        certified = verify_signing_certificate(
+            joined.certificate, self._trust.authority, self._trust.revocations, datetime.now(UTC)
+        )
+        body = verify(joined.join, certified.public_key, Join)
+        if body.run != run or body.plan_hash != self._plan.sha256():
+            raise ProtocolViolation("a join is for another run or plan")
+        return Member(
+            name=certified.name,
+            fingerprint=certified.fingerprint,
+            node=reply.node,
+            public_key=certified.public_key,
+            joined=joined,
+            first_head=body.ledger,
+            last_head=body.ledger,
+        )
+
+    def _roster(self, run: str, members: dict[str, Member]) -> dict[str, RosterReply]:
+        joins = [member.joined for member in members.values()]
+        request = Request(RosterRequest(run=run, members=joins).to_bytes())
+        replies: dict[str, RosterReply] = {}
+        nodes = {member.node: member for member in members.values()}
+        for reply in self._ask("query.roster", dict.fromkeys(nodes, request)):
+            member = nodes[reply.node]
+            try:
+                answer = RosterReply.from_bytes(reply.body)
+                verify(answer.wraps, member.public_key, Wraps)
+            except FedsealError as error:
+                self._store.refuse(member.fingerprint, "query.roster", error.code)
+                continue
+            replies[member.fingerprint] = answer
+        return dict(sorted(replies.items()))
+
+    def _keys(
+        self, run: str, members: dict[str, Member], replies: dict[str, RosterReply]
+    ) -> ServerSession | None:
+        wraps = [reply.wraps for reply in replies.values()]
+        digests = {s: wrap_digests(r.seeds, r.keys) for s, r in replies.items()}
+        requests = {
+            member.node: Request(
+                KeysRequest(
+                    run=run,
+                    wraps=wraps,
+                    wrap_digests=digests,
+                    seeds={s: r.seeds[own] for s, r in replies.items() if own in r.seeds},
+                    key=next((r.keys[own] for r in replies.values() if own in r.keys), None),
+                ).to_bytes()
+            )
+            for own, member in members.items()
+        }
+        session = signed_hash(wraps)
+        nodes = {member.node: member for member in members.values()}
+        confirmed: set[str] = set()
+        for reply in self._ask("query.keys", requests):
+            member = nodes[reply.node]
+            try:
+                answer = KeysReply.from_bytes(reply.body)
+                if verify(answer.session, member.public_key, Session).session == session:
+                    confirmed.add(member.fingerprint)
+            except FedsealError as error:
+                self._store.refuse(member.fingerprint, "query.keys", error.code)
+        return ServerSession(run, session, members) if confirmed == members.keys() else None
+
+    def _still_willing(self, node: int, members: dict[str, Member]) -> bool:
+        refused = {refusal["owner"] for refusal in self._store.refusals()}
+        names = {str(node)} | {m.fingerprint for m in members.values() if m.node == node}
+        return not names & refused and any(m.node == node for m in members.values())
+
+    def _ask(self, kind: str, requests: dict[int, Request]) -> Iterable[Reply]:
+        for reply in self._exchanger.ask(kind, requests, self._plan.deadlines.join_s):
+            if reply.code is None:
+                yield reply
+            else:
+                self._store.refuse(str(reply.node), kind, reply.code)
+                self._store.event("refused", kind=kind, code=reply.code)

@@ -1,0 +1,240 @@
+"""The coordinator's run store: one folder per run, with everything that must outlive a process.
+
+``run.db`` (SQLite, WAL, synchronous=FULL) holds rounds, owners, events, refusals and the transcript;
+``checkpoint-NNNN.safetensors`` holds the global model. A checkpoint is complete before the row that names
+it is written, so that a row is the proof of a finished round. Nothing in here is private: the coordinator
+never has anything private.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from protocol.errors import RunFailed
+from protocol.optimizers import GlobalModel
+from protocol.plan import Plan
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS attempts (
+    attempt INTEGER PRIMARY KEY, round INTEGER NOT NULL, void INTEGER NOT NULL, facts TEXT NOT NULL,
+    sums BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS owners (fingerprint TEXT PRIMARY KEY, facts TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, time TEXT NOT NULL, kind TEXT NOT NULL,
+    facts TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS refusals (id INTEGER PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL,
+    code TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS transcript (
+    direction TEXT NOT NULL, kind TEXT NOT NULL, content TEXT NOT NULL, count INTEGER NOT NULL,
+    total_bytes INTEGER NOT NULL, min_bytes INTEGER NOT NULL, max_bytes INTEGER NOT NULL,
+    PRIMARY KEY (direction, kind, content)
+);
+"""
+
+
+def now_text() -> str:
+    """Return the current time as ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class RunStore:
+    """One run's folder.
+
+    Args:
+        folder: Created if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder = folder
+        self._database = sqlite3.connect(
+            folder / "run.db", isolation_level=None, check_same_thread=False, timeout=30
+        )
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA synchronous=FULL")
+        self._database.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    # --- facts of the run --------------------------------------------------------------------------
+
+    def set(self, key: str, value: Any) -> None:
+        """Record one fact of the run as JSON."""
+        self._database.execute(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value, allow_nan=False))
+        )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a fact of the run."""
+        row = self._database.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return default if row is None else json.loads(row[0])
+
+    def plan(self) -> Plan:
+        """Return the run's resolved plan.
+
+        Raises:
+            RunFailed: The folder holds no run.
+        """
+        fields = self.get("plan")
+        if fields is None:
+            raise RunFailed("the run folder holds no plan")
+        return Plan.from_fields(fields)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append an event; facts are public and small."""
+        self._database.execute(
+            "INSERT INTO events (time, kind, facts) VALUES (?, ?, ?)",
+            (now_text(), kind, json.dumps(facts, allow_nan=False)),
+        )
+
+    def events(self, after: int = 0) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
+        """Yield (id, time, kind, facts) of events with a larger id."""
+        rows = self._database.execute(
+            "SELECT id, time, kind, facts FROM events WHERE id > ? ORDER BY id", (after,)
+        ).fetchall()
+        for identifier, time, kind, facts in rows:
+            yield identifier, time, kind, json.loads(facts)
+
+    def refuse(self, owner: str, kind: str, code: str) -> None:
+        """Record that an owner answered an error code."""
+        self._database.execute(
+            "INSERT INTO refusals (owner, kind, code) VALUES (?, ?, ?)", (owner, kind, code)
+        )
+
+    def refusals(self) -> list[dict[str, str]]:
+        """Return all recorded refusals."""
+        rows = self._database.execute("SELECT owner, kind, code FROM refusals ORDER BY id").fetchall()
+        return [{"owner": owner, "kind": kind, "code": code} for owner, kind, code in rows]
+
+    def transfer(self, direction: str, kind: str, content: str, size_bytes: int) -> None:
+        """Count one transferred part; its content is not kept."""
+        self._database.execute(
+            "INSERT INTO transcript VALUES (?, ?, ?, 1, ?, ?, ?) "
+            "ON CONFLICT (direction, kind, content) DO UPDATE SET count = count + 1, "
+            "total_bytes = total_bytes + excluded.total_bytes, "
+            "min_bytes = min(min_bytes, excluded.min_bytes), "
+            "max_bytes = max(max_bytes, excluded.max_bytes)",
+            (direction, kind, content, size_bytes, size_bytes, size_bytes),
+        )
+
+    def transcript(self) -> list[dict[str, Any]]:
+        """Return what was transferred, by direction, kind and content."""
+        names = ["direction", "kind", "content", "count", "total_bytes", "min_bytes", "max_bytes"]
+        rows = self._database.execute("SELECT * FROM transcript ORDER BY 1 DESC, 2, 3").fetchall()
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    # --- owners and rounds -------------------------------------------------------------------------
+
+    def put_owner(self, fingerprint: str, facts: dict[str, Any]) -> None:
+        """Record what is known of an owner."""
+        self._database.execute(
+            "INSERT OR REPLACE INTO owners VALUES (?, ?)", (fingerprint, json.dumps(facts))
+        )
+
+    def owners(self) -> dict[str, dict[str, Any]]:
+        """Return what is known of all owners, by fingerprint."""
+        rows = self._database.execute("SELECT fingerprint, facts FROM owners ORDER BY 1").fetchall()
+        return {fingerprint: json.loads(facts) for fingerprint, facts in rows}
+
+    def void_attempt(self, attempt: int, round_number: int, facts: dict[str, Any]) -> None:
+        """Record an attempt that ended without an opened sum."""
+        self._database.execute(
+            "INSERT OR REPLACE INTO attempts VALUES (?, ?, 1, ?, x'')",
+            (attempt, round_number, json.dumps(facts, allow_nan=False)),
+        )
+
+    def finish_round(
+        self,
+        attempt: int,
+        round_number: int,
+        facts: dict[str, Any],
+        sums: bytes,
+        model: GlobalModel,
+    ) -> None:
+        """Write a round's checkpoint, then the row that makes it count."""
+        self.write_checkpoint(round_number, model)
+        with self._transaction():
+            self._database.execute(
+                "INSERT OR REPLACE INTO attempts VALUES (?, ?, 0, ?, ?)",
+                (attempt, round_number, json.dumps(facts, allow_nan=False), sums),
+            )
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Return the facts of all attempts in order, each with attempt, round and void."""
+        rows = self._database.execute(
+            "SELECT attempt, round, void, facts FROM attempts ORDER BY attempt"
+        ).fetchall()
+        return [
+            {"attempt": attempt, "round": number, "void": bool(void), **json.loads(facts)}
+            for attempt, number, void, facts in rows
+        ]
+
+    def sums(self, round_number: int) -> bytes:
+        """Return the opened sums of a finished round."""
+        row = self._database.execute(
+            "SELECT sums FROM attempts WHERE round = ? AND void = 0", (round_number,)
+        ).fetchone()
+        if row is None:
+            raise RunFailed(f"round {round_number} is not finished")
+        return bytes(row[0])
+
+    def finished_rounds(self) -> int:
+        """Return the number of finished rounds."""
+        (count,) = self._database.execute("SELECT COUNT(*) FROM attempts WHERE void = 0").fetchone()
+        return int(count)
+
+    def write_checkpoint(self, round_number: int, model: GlobalModel) -> None:
+        """Write a model so that a crash leaves either the old state or the new one."""
+        target = self._checkpoint(round_number)
+        temporary = target.with_suffix(".tmp")
+        save_file(
+            {
+                "weights": model.weights,
+                "first_moment": model.first_moment,
+                "second_moment": model.second_moment,
+            },
+            temporary,
+        )
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(self.folder)
+
+    def read_checkpoint(self, round_number: int) -> GlobalModel:
+        """Return the model after a round; round 0 is the initial model."""
+        arrays = load_file(self._checkpoint(round_number))
+        parts = (arrays[name].astype(np.float64) for name in ("weights", "first_moment", "second_moment"))
+        return GlobalModel(*parts)
+
+    def _checkpoint(self, round_number: int) -> Path:
+        return self.folder / f"checkpoint-{round_number:04d}.safetensors"
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,221 @@
+"""The run as a Flower strategy: join once, then rounds of three exchanges, then the owners' statements."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from crypto.pki import Trust
+from crypto.presets import packing_for
+from crypto.signing import verify
+from protocol.accounting import epsilon_after
+from protocol.errors import FedsealError, QuorumNotMet, RunFailed
+from protocol.messages import CloseReply, CloseRequest, Statement
+from protocol.optimizers import GlobalModel
+from protocol.plan import Plan
+from server.exchange import Exchanger, Reply, Request
+from server.rounds import Attempt, RoundRunner
+from server.session import Joining, Member, ServerSession
+from server.store import RunStore, now_text
+
+_LOG = logging.getLogger("fedseal.server")
+_RETRY_PAUSE_S = 1.0
+
+Evaluate = Callable[[GlobalModel], float | None]
+
+
+class SealStrategy(Strategy):
+    """Sealed aggregation over Flower's message API.
+
+    Flower's own cycle of train and evaluate does not fit three exchanges a round, so `start` is
+    overridden and the hooks of that cycle are not used.
+
+    Args:
+        store: The run's store; it holds the resolved plan.
+        initial: Round 0's model.
+        evaluate: Returns the accuracy of a model on public data, or None without such data.
+        trust: The federation's authority and its revocation list.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        initial: GlobalModel,
+        evaluate: Evaluate,
+        trust: Trust,
+    ) -> None:
+        self._store = store
+        self._plan: Plan = store.plan()
+        self._initial = initial
+        self._evaluate = evaluate
+        self._trust = trust
+
+    def summary(self) -> None:
+        """Log the plan's size; Flower calls this at the start."""
+        _LOG.info("sealed aggregation over %d rounds", self._plan.run.rounds)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Not part of this strategy's cycle."""
+        raise RunFailed("sealed aggregation runs through start only")
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Not part of this strategy's cycle."""
+        raise RunFailed("sealed aggregation runs through start only")
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Not part of this strategy's cycle."""
+        raise RunFailed("sealed aggregation runs through start only")
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Not part of this strategy's cycle."""
+        raise RunFailed("sealed aggregation runs through start only")
+
+    def start(self, grid: Grid, *_arguments: Any, **_options: Any) -> Result:
+        """Run the plan to its end.
+
+        Raises:
+            QuorumNotMet: Too few owners are there; what was finished is kept.
+            RunFailed: All attempts are used up.
+        """
+        exchanger = Exchanger(grid, self._store)
+        joining = Joining(exchanger, self._store, self._plan, self._trust)
+        session = joining.establish()
+        self._record_session(session)
+        packing = packing_for(self._plan.encryption.preset, self._plan.cohort.maximum)
+        runner = RoundRunner(exchanger, self._store, self._plan, packing, session)
+        model = self._rounds(runner, session)
+        self._close(exchanger, runner, session, model)
+        self._store.set("state", "finished")
+        self._store.set("finished_at", now_text())
+        self._store.event("finished", rounds=self._plan.run.rounds)
+        return Result()
+
+    def _rounds(self, runner: RoundRunner, session: ServerSession) -> GlobalModel:
+        model, number = self._initial, 0
+        self._store.write_checkpoint(0, model)
+        last_problem: FedsealError | None = None
+        while len(runner.steps) < self._plan.run.rounds:
+            number += 1
+            if number > self._plan.max_attempts:
+                raise last_problem or RunFailed("all attempts are used up")
+            attempt = Attempt(number, len(runner.steps) + 1, model.sha256())
+            try:
+                model = runner.run(attempt, model)
+            except FedsealError as error:
+                last_problem = error
+                self._void(attempt, error)
+                time.sleep(_RETRY_PAUSE_S)
+                continue
+            runner.steps.append(attempt.openings)
+            self._finish(attempt, model, session)
+        return model
+
+    def _void(self, attempt: Attempt, error: FedsealError) -> None:
+        facts = self._facts(attempt, None)
+        self._store.void_attempt(attempt.number, attempt.round, {**facts, "reason": error.code})
+        self._store.event("void", attempt=attempt.number, round=attempt.round, code=error.code)
+
+    def _finish(self, attempt: Attempt, model: GlobalModel, session: ServerSession) -> None:
+        accuracy = self._evaluate(model)
+        facts = self._facts(attempt, accuracy)
+        self._store.finish_round(attempt.number, attempt.round, facts, attempt.sums, model)
+        epsilons = {
+            member.name: epsilon_after(self._plan, member.sealed) for member in session.members.values()
+        }
+        self._store.event(
+            "round",
+            round=attempt.round,
+            attempt=attempt.number,
+            accuracy=accuracy,
+            contributors=len(attempt.headers),
+            epsilon=epsilons,
+            seconds=attempt.seconds,
+            upload_bytes=attempt.upload_bytes,
+            download_bytes=attempt.download_bytes,
+        )
+        for member in session.members.values():
+            self._record_member(member)
+
+    def _facts(self, attempt: Attempt, accuracy: float | None) -> dict[str, Any]:
+        return {
+            "contributors": [signed.signer for signed in attempt.headers],
+            "openings": [signed.model_dump(mode="json") for signed in attempt.openings],
+            "accuracy": accuracy,
+            "seconds": attempt.seconds,
+            "upload_bytes": attempt.upload_bytes,
+            "download_bytes": attempt.download_bytes,
+            "reason": None,
+        }
+
+    def _close(
+        self,
+        exchanger: Exchanger,
+        runner: RoundRunner,
+        session: ServerSession,
+        model: GlobalModel,
+    ) -> None:
+        requests = {}
+        for member in session.members.values():
+            sums = b"".join(
+                self._store.sums(number) for number in range(member.known_round + 1, len(runner.steps) + 1)
+            )
+            message = CloseRequest(
+                session=session.session,
+                model_hash=model.sha256(),
+                steps=runner.steps[member.known_round :],
+            )
+            if not member.absent:
+                requests[member.node] = Request(message.to_bytes(), sums)
+        for reply in exchanger.ask("query.close", requests, self._plan.deadlines.open_s):
+            member = session.by_node(reply.node)
+            try:
+                self._record_statement(member, reply)
+            except FedsealError as error:
+                self._store.refuse(member.fingerprint, "query.close", error.code)
+        self._store.set("model_hash", model.sha256())
+
+    def _record_statement(self, member: Member, reply: Reply) -> None:
+        if reply.code is not None:
+            self._store.refuse(member.fingerprint, "query.close", reply.code)
+            return
+        signed = CloseReply.from_bytes(reply.body).statement
+        body = verify(signed, member.public_key, Statement)
+        member.last_head = body.ledger
+        self._record_member(member, statement=signed.model_dump(mode="json"))
+
+    def _record_session(self, session: ServerSession) -> None:
+        self._store.set("run", session.run)
+        self._store.set("session", session.session)
+        for member in session.members.values():
+            self._record_member(member)
+        self._store.event("session", owners=len(session.members))
+
+    def _record_member(self, member: Member, **facts: Any) -> None:
+        self._store.put_owner(
+            member.fingerprint,
+            {
+                "name": member.name,
+                "certificate": member.joined.model_dump(mode="json")["certificate"],
+                "ledger_first": member.first_head.model_dump(mode="json"),
+                "ledger_last": member.last_head.model_dump(mode="json"),
+                "sealed": member.sealed,
+                **facts,
+            },
+        )
+
+
+def paused_or_failed(error: FedsealError) -> str:
+    """Return the state of a run that an error ended: it can go on later, or it cannot."""
+    return "paused" if isinstance(error, QuorumNotMet) else "failed"

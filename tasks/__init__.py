@@ -1,0 +1,1 @@
+"""Data readers, models, losses and metrics; nothing about privacy or transport."""

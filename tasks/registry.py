@@ -1,0 +1,51 @@
+"""The tasks that a plan can name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from protocol.errors import PlanInvalid
+from protocol.plan import Plan
+from tasks.images import Examples, ImageClassification
+
+
+class Task(Protocol):
+    """A reader, a model, a loss and a metric for one kind of data; nothing about privacy or transport."""
+
+    def read(self, path: Path) -> Examples:
+        """Load and check one owner's data file, or raise DataInvalid."""
+
+    def check(self, x: NDArray[Any], y: NDArray[Any]) -> Examples:
+        """Check raw arrays and preprocess them, each row by itself, or raise DataInvalid."""
+
+    def build_model(self, plan: Plan) -> nn.Module:
+        """Return round 0's model, the same on every machine."""
+
+    def initial_weights(self, plan: Plan) -> NDArray[np.float64]:
+        """Return round 0's model as a flat vector, shape (n_params,)."""
+
+    def loss(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return one loss for each example, shape (n,)."""
+
+    def evaluate(self, model: nn.Module, examples: Examples) -> float:
+        """Return the metric on public examples; more is better."""
+
+    def input_schema(self, plan: Plan) -> dict[str, Any]:
+        """Return name, shape, dtype, range and preprocessing of the deployed model's input."""
+
+
+def task_for(plan: Plan) -> Task:
+    """Return the task that a plan names, for data as the plan describes it.
+
+    Raises:
+        PlanInvalid: No task has this name.
+    """
+    if plan.task.name != "image-classification":
+        raise PlanInvalid("task.name: the only task is `image-classification`")
+    return ImageClassification(plan.task)
