@@ -221,7 +221,8 @@ def verify_signing_certificate(
     """Decide whether a certificate of a peer makes it a member, and return the member.
 
     A member that is returned was admitted by the holder of the authority's key, for signing, and was not
-    revoked when the list was made. It trusts the local clock.
+    revoked when the list was made. It trusts the local clock. One certificate has many valid encodings
+    (anybody can rewrite an ECDSA signature), so tell members apart by fingerprint, never by these bytes.
 
     Args:
         der: The certificate as a peer sent it.

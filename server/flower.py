@@ -70,7 +70,7 @@ class SuperLinkOptions:
     authority_file: Path
     certificate_file: Path
     key_file: str
-    key_password: bytes
+    key_password: str
 
 
 def prepare_environment() -> None:

@@ -82,9 +82,10 @@ def _config(app: Any, options: SuperLinkOptions, host: str, port: int, lifespan:
         log_level="warning",
         server_header=False,
         ssl_keyfile=options.key_file,
-        ssl_keyfile_password=options.key_password.decode("ascii"),
+        ssl_keyfile_password=options.key_password,
         ssl_certfile=options.certificate_file,
         timeout_keep_alive=75,
+        timeout_graceful_shutdown=2,
     )
 
 

@@ -163,14 +163,25 @@ def test_changed_revocation_lists_and_those_of_another_key_type_are_refused() ->
         check_revocations(x509.load_der_x509_crl(bytes(changed)), AUTHORITY.certificate, NOW)
 
 
-def test_no_flipped_bit_of_a_certificate_passes() -> None:
+def test_no_flipped_bit_of_a_certificate_changes_who_is_admitted() -> None:
     good = _der(OWNER.signing_certificate)
+    start = good.index(OWNER.signing_certificate.tbs_certificate_bytes)
+    signed_part = range(start, start + len(OWNER.signing_certificate.tbs_certificate_bytes))
+    member = verify_signing_certificate(good, AUTHORITY.certificate, CRL, NOW)
     for position in range(8 * len(good)):
         damaged = bytearray(good)
         damaged[position // 8] ^= 1 << (position % 8)
-        with pytest.raises(CertificateRefused):
-            verify_signing_certificate(bytes(damaged), AUTHORITY.certificate, CRL, NOW)
-    for wrong in (b"", good[:-1], good + b"\0", bytes(20_000)):
+        try:
+            admitted = verify_signing_certificate(bytes(damaged), AUTHORITY.certificate, CRL, NOW)
+        except CertificateRefused:
+            continue
+        assert position // 8 not in signed_part
+        assert admitted == member
+
+
+def test_bytes_that_are_no_certificate_are_refused() -> None:
+    good = _der(OWNER.signing_certificate)
+    for wrong in (b"", good[:-1], good + b"\0", bytes(20_000), good * 50):
         with pytest.raises(CertificateRefused):
             verify_signing_certificate(wrong, AUTHORITY.certificate, CRL, NOW)
 
