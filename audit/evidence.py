@@ -93,11 +93,11 @@ class EncryptionEvidence(Evidence):
 
 
 class PhaseSeconds(Evidence):
-    """Wall-clock seconds of the three exchanges of a round."""
+    """Wall-clock seconds of the three exchanges of a round; zero for one that did not take place."""
 
-    fit: Magnitude
-    seal: Magnitude
-    open: Magnitude
+    fit: Magnitude = 0.0
+    seal: Magnitude = 0.0
+    open: Magnitude = 0.0
 
 
 class RoundEvidence(Evidence):

@@ -6,6 +6,7 @@ name.
 
 from __future__ import annotations
 
+import importlib
 import os
 import ssl
 import time
@@ -53,7 +54,9 @@ def prepare_environment() -> None:
     os.environ.update(ENVIRONMENT)
 
 
-def tls_context(authority_file: Path, certificate_file: Path, credentials: OwnerCredentials) -> ssl.SSLContext:
+def tls_context(
+    authority_file: Path, certificate_file: Path, credentials: OwnerCredentials
+) -> ssl.SSLContext:
     """Return a TLS 1.3 context that shows this owner's certificate and trusts one authority only."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -82,17 +85,18 @@ def fleet_connection(
         FlowerChanged: Flower does not have what this builds on.
     """
     try:
-        from flwr.supernode import fleet_http_connection as fleet
-    except ImportError as error:
+        fleet: Any = importlib.import_module("flwr.supernode.fleet_http_connection")
+        client_class: Any = fleet.FleetHttpClient
+    except (ImportError, AttributeError) as error:
         raise FlowerChanged("the fleet connection cannot be built") from error
 
-    class CertifiedClient(fleet.FleetHttpClient):  # type: ignore[misc]
+    class CertifiedClient(client_class):  # type: ignore[misc]
         @classmethod
         def from_server_address(
             cls,
             server_address: str,
-            insecure: bool,
-            root_certificates: Any,
+            _insecure: bool,
+            _root_certificates: Any,
             interceptors: Any,
             *,
             retry_invoker: Any = None,
@@ -105,20 +109,18 @@ def fleet_connection(
             )
 
     keys = (credentials.transport_key, credentials.transport_key.public_key())
-    original, fleet.FleetHttpClient = fleet.FleetHttpClient, CertifiedClient
+    fleet.FleetHttpClient = CertifiedClient
     try:
         with fleet.http_request_response(
             address, False, None, keys, max_retries=_CONNECT_RETRIES
         ) as callbacks:
             node_id, receive, *rest = callbacks
             delivery = _Delivery(node_id, *rest)
-            yield FleetConnection(
-                node_id, _unless_run_ended(receive), _unless_run_ended(delivery.deliver)
-            )
+            yield FleetConnection(node_id, _unless_run_ended(receive), _unless_run_ended(delivery.deliver))
     except SystemExit:
         raise ServerUnavailable("the coordinator does not answer or refuses this node") from None
     finally:
-        fleet.FleetHttpClient = original
+        fleet.FleetHttpClient = client_class
 
 
 def _unless_run_ended(call: Callable[..., Any]) -> Callable[..., Any]:

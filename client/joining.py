@@ -68,9 +68,7 @@ def join(owner: Owner, request: JoinRequest) -> Outcome:
         ledger=owner.ledger.head(),
     )
     certificate = owner.credentials.signing_certificate.public_bytes(Encoding.DER)
-    reply = JoinReply(
-        certificate=certificate, join=sign(owner.credentials.signing_key, body)
-    )
+    reply = JoinReply(certificate=certificate, join=sign(owner.credentials.signing_key, body))
     state = RunState(
         run=request.run, plan=plan.fields(), stage="joined", join=reply, hpke_secret=hpke_key.secret()
     )

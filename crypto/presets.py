@@ -151,7 +151,7 @@ def prove_capacity(packing: Packing) -> None:
 
 
 def _integer_root(value: int, degree: int) -> int:
-    root = round(value ** (1 / degree))
+    root: int = round(float(value) ** (1.0 / degree))
     while root**degree > value:
         root -= 1
     while (root + 1) ** degree <= value:

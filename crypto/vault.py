@@ -27,7 +27,7 @@ from protocol.encoding import MAX_BODY_BYTES, Blob, encode
 from protocol.errors import EncodingInvalid, SecretUnavailable
 from protocol.messages import Message
 
-PASSPHRASE_VARIABLE = "FEDSEAL_PASSPHRASE"  # noqa: S105  (the name of a variable, not a secret)
+ENVIRONMENT_VARIABLE = "FEDSEAL_PASSPHRASE"
 """Environment variable that `read_passphrase` looks at."""
 
 MAX_SECRET_BYTES = 1024 * 1024
@@ -202,12 +202,12 @@ def read_passphrase(
     """
     if file is not None:
         passphrase = _read_passphrase_file(file).removesuffix(b"\n")
-    elif PASSPHRASE_VARIABLE in environment:
-        passphrase = environment[PASSPHRASE_VARIABLE].encode("utf-8", "surrogateescape")
+    elif ENVIRONMENT_VARIABLE in environment:
+        passphrase = environment[ENVIRONMENT_VARIABLE].encode("utf-8", "surrogateescape")
     elif prompt is not None:
         passphrase = prompt().encode("utf-8", "surrogateescape")
     else:
-        raise SecretUnavailable(f"give a passphrase file, or set {PASSPHRASE_VARIABLE}")
+        raise SecretUnavailable(f"give a passphrase file, or set {ENVIRONMENT_VARIABLE}")
     check_passphrase(passphrase)
     return passphrase
 

@@ -27,7 +27,15 @@ COARSE_DISCRETIZATION = 5e-3
 
 LARGEST_NOISE_MULTIPLIER = 1e6
 SMALLEST_NOISE_MULTIPLIER = 0.2
-"""Calibration searches between these two; below the smaller one epsilon is far beyond any use."""
+"""Calibration searches between these two."""
+
+LARGEST_STEPS = 1_000_000
+LARGEST_SIGNAL = 1000.0
+"""Schedules beyond these limits are not evaluated, since a stranger's plan must not exhaust this machine.
+
+The signal is an estimate of the squared mean over the deviation of the privacy loss; epsilon is about
+half of it, and so the limit is far above any meaningful budget.
+"""
 
 
 @lru_cache(maxsize=4096)
@@ -48,10 +56,13 @@ def epsilon_of_steps(
         discretization: Grid of the privacy loss.
 
     Returns:
-        Epsilon >= 0; infinity if the noise is too small for this delta.
+        Epsilon >= 0; infinity if the noise is too small for this delta, or if the schedule is beyond
+        the limits of this module.
     """
     if steps == 0:
         return 0.0
+    if _is_hopeless(sample_rate, noise_multiplier, steps):
+        return math.inf
     # Importing dp_accounting takes about a second, which only those who account should pay.
     from dp_accounting import (
         GaussianDpEvent,
@@ -137,6 +148,14 @@ def require_target(plan: Plan) -> None:
         return
     if not reached <= target:
         raise NoiseTooSmall(f"the schedule reaches epsilon {reached:.4f}, the target is {target:g}")
+
+
+def _is_hopeless(sample_rate: float, noise_multiplier: float, steps: int) -> bool:
+    if steps > LARGEST_STEPS or noise_multiplier < SMALLEST_NOISE_MULTIPLIER / 2:
+        return True
+    unsampled = steps / noise_multiplier**2
+    sampled = sample_rate**2 * steps * math.expm1(noise_multiplier**-2)
+    return min(unsampled, sampled) > LARGEST_SIGNAL
 
 
 def _first_guess(plan: Plan, target: float) -> float:

@@ -110,9 +110,7 @@ def make_federation(
     return Federation(folder, server_home, server_passphrase, tuple(owners))
 
 
-def policy_fields(
-    dataset: str, pins: dict[str, str], own: str, settings: PolicySettings
-) -> dict[str, Any]:
+def policy_fields(dataset: str, pins: dict[str, str], own: str, settings: PolicySettings) -> dict[str, Any]:
     """Return the fields of a policy.toml that pins all other owners."""
     return {
         "dataset": dataset,

@@ -109,9 +109,7 @@ class LocalGrid(Grid):
             if pending is None or (isinstance(pending, Future) and not pending.done()):
                 continue
             del self._pending[identifier]
-            replies.append(
-                pending.result() if isinstance(pending, Future) else self._deliver(pending)
-            )
+            replies.append(pending.result() if isinstance(pending, Future) else self._deliver(pending))
         return replies
 
     def send_and_receive(
@@ -135,6 +133,4 @@ class LocalGrid(Grid):
         try:
             return node.app(message, node.context)
         except FedsealError as error:
-            return Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error.code), reply_to=message
-            )
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error.code), reply_to=message)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,9 @@ def serve(options: SuperLinkOptions, listener: ListenerOptions, members: Path, r
         members: Folder with the transport certificates of all members.
         ready: Called once without arguments when both listeners accept connections.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises a signal again once it has stopped; the process is to end normally then
+        signal.signal(number, lambda _number, _frame: None)
     app = superlink_app(options)
     private = uvicorn.Server(_config(app, options, "127.0.0.1", options.control_port, lifespan="on"))
     public_config = _config(FleetOnly(app), options, listener.host, listener.port, lifespan="off")

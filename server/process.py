@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from crypto.pki import load_server, ssl_key_file
@@ -12,9 +13,7 @@ from protocol.errors import CertificateRefused
 from server.app import HOME_VARIABLE
 from server.flower import SuperLinkOptions, prepare_environment
 from server.launcher import ListenerOptions, serve
-from server.submit import write_control_port
-
-IDENTITY, MEMBERS = "identity", "members"
+from server.submit import IDENTITY, MEMBERS, Addresses, forget_addresses, write_addresses
 
 
 def run_server(
@@ -52,8 +51,18 @@ def run_server(
             key_file=key_file,
             key_password=password,
         )
-        write_control_port(home, port)
-        serve(options, listener, home / MEMBERS, ready)
+        addresses = Addresses(port, listener.host, listener.port)
+        forget_addresses(home)
+        try:
+            serve(options, listener, home / MEMBERS, partial(_announce, home, addresses, ready))
+        finally:
+            forget_addresses(home)
+
+
+def _announce(home: Path, addresses: Addresses, ready: Callable[[], None] | None) -> None:
+    write_addresses(home, addresses)
+    if ready is not None:
+        ready()
 
 
 def free_port() -> int:

@@ -7,8 +7,9 @@ ciphertexts, and accepts an opened sum only when a quorum of owners signed the s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -125,7 +126,7 @@ class RoundRunner:
         ready: dict[str, Signed] = {}
         for reply in self._exchanger.ask("train.fit", requests, self._plan.deadlines.fit_s):
             member = self._session.by_node(reply.node)
-            signed = self._checked(member, reply, lambda r, m=member: self._ready(attempt, m, r))
+            signed = self._checked(member, reply, partial(self._ready, attempt, member))
             if signed is not None:
                 ready[member.fingerprint] = signed
         self._mark_absent(invited, ready.keys())
@@ -185,9 +186,7 @@ class RoundRunner:
             self._plan.deadlines.seal_s,
         ):
             member = self._session.by_node(reply.node)
-            signed = self._checked(
-                member, reply, lambda r, m=member: self._header(attempt, m, r, parameters)
-            )
+            signed = self._checked(member, reply, partial(self._header, attempt, member, parameters))
             if signed is None:
                 continue
             sealed[member.fingerprint] = (signed, reply.blob)
@@ -200,7 +199,7 @@ class RoundRunner:
         attempt.headers = [sealed[signed.signer][0] for signed in attempt.ready]
         return [sealed[signed.signer][1] for signed in attempt.ready]
 
-    def _header(self, attempt: Attempt, member: Member, reply: Reply, parameters: int) -> Signed:
+    def _header(self, attempt: Attempt, member: Member, parameters: int, reply: Reply) -> Signed:
         signed = SealReply.from_bytes(reply.body).header
         header = verify(signed, member.public_key, Header)
         frames = self._context.split(reply.blob, self._packing.frames_for(parameters))
@@ -247,9 +246,7 @@ class RoundRunner:
                 self._plan.deadlines.open_s,
             ):
                 member = self._session.by_node(reply.node)
-                signed = self._checked(
-                    member, reply, lambda r, m=member: self._opening(attempt, m, r, parameters)
-                )
+                signed = self._checked(member, reply, partial(self._opening, attempt, member, parameters))
                 if signed is not None:
                     body = Opening.from_fields(signed.body)
                     answers.setdefault((body.sums_hash, body.headers_hash), []).append(signed)
@@ -271,7 +268,7 @@ class RoundRunner:
         for member in ordered[first:]:
             yield [member]
 
-    def _opening(self, attempt: Attempt, member: Member, reply: Reply, parameters: int) -> Signed:
+    def _opening(self, attempt: Attempt, member: Member, parameters: int, reply: Reply) -> Signed:
         signed = OpenReply.from_bytes(reply.body).opening
         body = verify(signed, member.public_key, Opening)
         expected = Opening(
@@ -290,13 +287,13 @@ class RoundRunner:
 
     # --- shared ------------------------------------------------------------------------------------
 
-    def _checked(self, member: Member, reply: Reply, check: object) -> Signed | None:
+    def _checked(self, member: Member, reply: Reply, check: Callable[[Reply], Signed]) -> Signed | None:
         """Return the checked reply, or record why it is not accepted."""
         try:
             if reply.code is not None:
                 self._refused(member, reply.code)
                 return None
-            return check(reply)  # type: ignore[operator,no-any-return]
+            return check(reply)
         except FedsealError as error:
             self._refused(member, error.code)
             return None

@@ -15,6 +15,7 @@ from crypto.agreement import signed_hash, wrap_digests
 from crypto.certificates import verify_signing_certificate
 from crypto.pki import Trust
 from crypto.signing import verify
+from protocol.encoding import digest_bytes
 from protocol.errors import FedsealError, ProtocolViolation, QuorumNotMet
 from protocol.messages import (
     Join,
@@ -79,6 +80,11 @@ class ServerSession:
     def by_node(self, node: int) -> Member:
         """Return the member behind a node."""
         return next(member for member in self.members.values() if member.node == node)
+
+
+def node_digest(node: int) -> str:
+    """Return a stand-in for the fingerprint of an owner that refused before it named itself."""
+    return digest_bytes(f"node {node}".encode())
 
 
 def wait_for_owners(exchanger: Exchanger, plan: Plan) -> dict[int, str]:
@@ -152,7 +158,7 @@ class Joining:
             try:
                 member = self._member(run, reply)
             except FedsealError as error:
-                self._store.refuse(str(reply.node), "query.join", error.code)
+                self._store.refuse(node_digest(reply.node), "query.join", error.code)
                 continue
             members[member.fingerprint] = member
         members = dict(sorted(members.items()))
@@ -236,7 +242,7 @@ class Joining:
 
     def _still_willing(self, node: int, members: dict[str, Member]) -> bool:
         refused = {refusal["owner"] for refusal in self._store.refusals()}
-        names = {str(node)} | {m.fingerprint for m in members.values() if m.node == node}
+        names = {node_digest(node)} | {m.fingerprint for m in members.values() if m.node == node}
         return not names & refused and any(m.node == node for m in members.values())
 
     def _ask(self, kind: str, requests: dict[int, Request]) -> Iterable[Reply]:
@@ -244,5 +250,5 @@ class Joining:
             if reply.code is None:
                 yield reply
             else:
-                self._store.refuse(str(reply.node), kind, reply.code)
-                self._store.event("refused", kind=kind, code=reply.code)
+                self._store.refuse(node_digest(reply.node), kind, reply.code)
+                self._store.event("refused", exchange=kind, code=reply.code)

@@ -15,6 +15,7 @@ from crypto.pki import Trust
 from crypto.presets import packing_for
 from crypto.signing import verify
 from protocol.accounting import epsilon_after
+from protocol.encoding import digest_bytes
 from protocol.errors import FedsealError, QuorumNotMet, RunFailed
 from protocol.messages import CloseReply, CloseRequest, Statement
 from protocol.optimizers import GlobalModel
@@ -151,7 +152,9 @@ class SealStrategy(Strategy):
     def _facts(self, attempt: Attempt, accuracy: float | None) -> dict[str, Any]:
         return {
             "contributors": [signed.signer for signed in attempt.headers],
+            "headers": [signed.model_dump(mode="json") for signed in attempt.headers],
             "openings": [signed.model_dump(mode="json") for signed in attempt.openings],
+            "sums_hash": digest_bytes(attempt.sums) if attempt.sums else None,
             "accuracy": accuracy,
             "seconds": attempt.seconds,
             "upload_bytes": attempt.upload_bytes,

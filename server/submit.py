@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import re
+import ipaddress
 import secrets
 import shutil
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from crypto.vault import write_private
-from protocol.encoding import digest_bytes
-from protocol.errors import RunFailed, ServerUnavailable
+from protocol.encoding import decode, digest_bytes, encode
+from protocol.errors import EncodingInvalid, RunFailed, ServerUnavailable
 from protocol.plan import Plan
 from server.app import PUBLIC_DATA
 from server.flower import ControlClient
+from server.probe import probe_listener
 from server.store import RunStore, now_text
 from tasks.registry import task_for
 from tasks.resolve import resolve
 
-RUNS = "runs"
-CONTROL_FILE = "control.port"
+IDENTITY, MEMBERS, RUNS, ADDRESSES = "identity", "members", "runs", "addresses.json"
 
 
 def prepare_run(home: Path, plan: Plan, public_data: Path | None) -> RunStore:
@@ -50,9 +51,42 @@ def prepare_run(home: Path, plan: Plan, public_data: Path | None) -> RunStore:
     return store
 
 
-def write_control_port(home: Path, port: int) -> None:
-    """Note where this coordinator's loopback control API listens, for `fedseal run` on this machine."""
-    write_private(home / CONTROL_FILE, str(port).encode())
+@dataclass(frozen=True)
+class Addresses:
+    """Where a running coordinator listens.
+
+    Attributes:
+        control_port: Loopback port of the control API.
+        host: Host of the fleet listener.
+        port: Port of the fleet listener.
+    """
+
+    control_port: int
+    host: str
+    port: int
+
+
+def write_addresses(home: Path, addresses: Addresses) -> None:
+    """Note where this coordinator listens, for `fedseal run` on the same machine."""
+    write_private(home / ADDRESSES, encode(asdict(addresses)))
+
+
+def forget_addresses(home: Path) -> None:
+    """Remove the note; no coordinator runs from this home now."""
+    (home / ADDRESSES).unlink(missing_ok=True)
+
+
+def read_addresses(home: Path) -> Addresses:
+    """Return where the coordinator of this home listens.
+
+    Raises:
+        ServerUnavailable: No coordinator was started from it.
+    """
+    try:
+        fields = decode((home / ADDRESSES).read_bytes())
+        return Addresses(int(fields["control_port"]), str(fields["host"]), int(fields["port"]))
+    except (OSError, KeyError, TypeError, ValueError, EncodingInvalid):
+        raise ServerUnavailable("no coordinator was started from this home folder") from None
 
 
 def control_client(home: Path) -> ControlClient:
@@ -61,14 +95,8 @@ def control_client(home: Path) -> ControlClient:
     Raises:
         ServerUnavailable: No coordinator was started from it.
     """
-    try:
-        text = (home / CONTROL_FILE).read_text(encoding="ascii")
-        authority = (home / "identity" / "ca.crt").read_bytes()
-    except OSError:
-        raise ServerUnavailable("no coordinator was started from this home folder") from None
-    if not re.fullmatch(r"\d{1,5}", text):
-        raise ServerUnavailable("the control file of this home folder is damaged")
-    return ControlClient(int(text), authority)
+    authority = (home / IDENTITY / "ca.crt").read_bytes()
+    return ControlClient(read_addresses(home).control_port, authority)
 
 
 def submit(home: Path, store: RunStore) -> int:
@@ -82,8 +110,35 @@ def submit(home: Path, store: RunStore) -> int:
         raise RunFailed("this run folder was submitted before")
     client = control_client(home)
     try:
+        _record_listener(home, store)
         run_id = client.start_run(store.folder.name)
     finally:
         client.close()
     store.set("flower_run", run_id)
     return run_id
+
+
+def reachable_host(bound: str) -> str:
+    """Return an address of this machine for a listener that may be bound to all of them."""
+    try:
+        return "127.0.0.1" if ipaddress.ip_address(bound).is_unspecified else bound
+    except ValueError:
+        return bound
+
+
+def _record_listener(home: Path, store: RunStore) -> None:
+    """Measure the listeners from outside and record what was seen."""
+    addresses = read_addresses(home)
+    host = reachable_host(addresses.host)
+    try:
+        facts = probe_listener(host, addresses.port, home / IDENTITY / "ca.crt", host)
+    except OSError:
+        raise ServerUnavailable("the fleet listener does not answer as it should") from None
+    store.set("tls", asdict(facts))
+    store.set(
+        "listening",
+        [
+            {"address": "127.0.0.1", "port": addresses.control_port, "purpose": "control, runtime"},
+            {"address": addresses.host, "port": addresses.port, "purpose": "owners"},
+        ],
+    )

@@ -209,7 +209,8 @@ def layout_hash(model: nn.Module) -> str:
 
 def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because numpy leaves a file that it opened itself open after an error.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return archive["x"], archive["y"]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         # The cause may quote the path or the content, so that it is not chained.

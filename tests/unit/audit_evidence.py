@@ -30,7 +30,9 @@ def sha(text: str) -> str:
 def credentials() -> tuple[list[dict[str, Any]], dict[str, OwnerCredentials]]:
     """Descriptions of all certificates, and the owners' keys by name."""
     authority = create_authority("Example Federation CA", 900, START - timedelta(days=30))
-    server = authority.issue_server("coordinator", names=["localhost"], days=200, now=START - timedelta(days=20))
+    server = authority.issue_server(
+        "coordinator", names=["localhost"], days=200, now=START - timedelta(days=20)
+    )
     owners = {
         name: authority.issue_owner(name, days=200, now=START - timedelta(days=20)) for name in OWNERS
     }
@@ -238,6 +240,6 @@ def evidence_fields(noise: str = "local", rounds: int = 8) -> dict[str, Any]:
     }
 
 
-def evidence(noise: str = "local", rounds: int = 8, **changes: Any) -> RunEvidence:
+def evidence(noise: str = "local", length: int = 8, /, **changes: Any) -> RunEvidence:
     """A valid `RunEvidence`, with some fields replaced."""
-    return RunEvidence.from_fields(evidence_fields(noise, rounds) | changes)
+    return RunEvidence.from_fields(evidence_fields(noise, length) | changes)

@@ -116,6 +116,26 @@ def test_impossible_target_is_refused() -> None:
         calibrate(make_plan(rounds=100_000, sample_rate=1.0, target_epsilon=1e-3, delta=1e-10))
 
 
-def test_hopeless_noise_is_never_accepted() -> None:
+@pytest.mark.parametrize(
+    ("sample_rate", "noise_multiplier", "rounds", "local_steps"),
+    [(1.0, 0.05, 10, 8), (1e-9, 1e-300, 1, 1), (1.0, 0.2, 100_000, 100_000), (1.0, 1e6, 100_000, 100_000)],
+)
+def test_a_hostile_schedule_is_refused_without_work(
+    sample_rate: float, noise_multiplier: float, rounds: int, local_steps: int
+) -> None:
+    plan = make_plan(
+        rounds,
+        local_steps,
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        target_epsilon=100.0,
+    )
+    started = time.process_time()
     with pytest.raises(NoiseTooSmall):
-        require_target(make_plan(noise_multiplier=0.05, sample_rate=1.0, target_epsilon=100.0))
+        require_target(plan)
+    assert time.process_time() - started < 0.1
+
+
+def test_the_limits_are_far_above_any_budget() -> None:
+    assert epsilon_of_steps(1.0, 1.0, 1000, 1e-5) > 500.0
+    assert epsilon_of_steps(0.1, 0.3, 4, 1e-5) < math.inf

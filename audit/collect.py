@@ -1,0 +1,193 @@
+"""Collecting a run's evidence from the coordinator's run store and home folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import stat
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+
+from audit.evidence import (
+    CertificateEvidence,
+    ClaimEvidence,
+    EncryptionEvidence,
+    EnvironmentEvidence,
+    KeyEvidence,
+    OwnerEvidence,
+    PhaseSeconds,
+    Refusal,
+    RoundEvidence,
+    RunEvidence,
+    Socket,
+    TlsEvidence,
+    TranscriptEntry,
+)
+from crypto.agreement import signed_hash
+from crypto.certificates import describe
+from crypto.presets import packing_for
+from protocol.encoding import digest_bytes
+from protocol.errors import ReportInvalid
+from protocol.messages import LedgerHead, Signed
+from protocol.plan import Plan
+from server.release import PRIVATE
+from server.store import RunStore
+from server.submit import IDENTITY, MEMBERS
+
+PACKAGES = (
+    "fedseal",
+    "flwr",
+    "torch",
+    "opacus",
+    "tenseal",
+    "cryptography",
+    "dp-accounting",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "safetensors",
+)
+
+
+def collect(store: RunStore, home: Path, deployment: dict[str, Any] | None) -> RunEvidence:
+    """Read everything that the report needs; nothing is added that was not recorded.
+
+    Args:
+        store: The run.
+        home: The coordinator's home folder.
+        deployment: What building the package returned, if it was built.
+
+    Raises:
+        ReportInvalid: The run has not ended.
+    """
+    plan, state = store.plan(), store.get("state")
+    if state not in ("finished", "failed", "paused"):
+        raise ReportInvalid("the run has not ended")
+    attempts = store.attempts()
+    initial = store.read_checkpoint(0).sha256()
+    finished = store.finished_rounds()
+    return RunEvidence(
+        run=store.get("run", digest_bytes(store.folder.name.encode())),
+        name=plan.run.name,
+        plan=plan.fields(),
+        plan_hash=store.get("plan_hash", plan.sha256()),
+        session=store.get("session"),
+        state=state,
+        rounds_finished=finished,
+        attempts_used=len(attempts),
+        started_at=store.get("started_at"),
+        finished_at=store.get("finished_at"),
+        model_hash=store.read_checkpoint(finished).sha256(),
+        initial_model_hash=initial,
+        encryption=_encryption(plan),
+        rounds=[_round(facts) for facts in attempts],
+        owners=[_owner(print_, facts, plan) for print_, facts in store.owners().items()],
+        transcript=[TranscriptEntry.from_fields(row) for row in store.transcript()],
+        refusals=[Refusal.from_fields(row) for row in store.refusals()],
+        keys=_keys(home),
+        certificates=_certificates(home),
+        tls=_tls(store),
+        server_has_secret_key=bool(store.get("loaded_secret_modules", ["unknown"])),
+        listening=[Socket.from_fields(row) for row in store.get("listening", [])],
+        deployment=deployment,
+        environment=EnvironmentEvidence(
+            python=platform.python_version(),
+            platform=platform.platform(),
+            packages={name: importlib.metadata.version(name) for name in PACKAGES},
+        ),
+    )
+
+
+def _encryption(plan: Plan) -> EncryptionEvidence:
+    packing = packing_for(plan.encryption.preset, plan.cohort.maximum)
+    return EncryptionEvidence(
+        scheme="BFV",
+        preset=packing.preset.name,
+        poly_modulus_degree=packing.preset.poly_modulus_degree,
+        coefficient_modulus_bits=packing.preset.coefficient_modulus.bit_length(),
+        plain_modulus_bits=packing.plain_modulus.bit_length(),
+        security_level_bits=packing.preset.security_bits,
+        exact=True,
+    )
+
+
+def _round(facts: dict[str, Any]) -> RoundEvidence:
+    openings = [Signed.from_fields(fields) for fields in facts["openings"]]
+    headers = [Signed.from_fields(fields) for fields in facts["headers"]]
+    seconds = facts["seconds"]
+    return RoundEvidence(
+        round=facts["round"],
+        attempt=facts["attempt"],
+        purpose="train",
+        contributors=facts["contributors"],
+        headers_hash=signed_hash(headers) if headers else None,
+        sums_hash=facts["sums_hash"],
+        openings=openings,
+        accuracy=facts["accuracy"],
+        seconds=PhaseSeconds(**{part: seconds.get(part, 0.0) for part in ("fit", "seal", "open")}),
+        upload_bytes=facts["upload_bytes"],
+        download_bytes=facts["download_bytes"],
+        void=facts["void"],
+        reason=facts["reason"],
+    )
+
+
+def _owner(fingerprint: str, facts: dict[str, Any], plan: Plan) -> OwnerEvidence:
+    statement = facts.get("statement")
+    return OwnerEvidence.from_fields(
+        {
+            "name": facts["name"],
+            "fingerprint": fingerprint,
+            "signing_certificate": facts["certificate"],
+            "claimed": ClaimEvidence(
+                unit=plan.privacy.unit,
+                adjacency="add/remove",
+                epsilon=plan.privacy.target_epsilon,
+                delta=plan.privacy.delta,
+            ),
+            "statement": None if statement is None else Signed.from_fields(statement),
+            "ledger_first": LedgerHead.from_fields(facts["ledger_first"]),
+            "ledger_last": LedgerHead.from_fields(facts["ledger_last"]),
+            "sealed_attempts": facts["sealed"],
+        }
+    )
+
+
+def _keys(home: Path) -> list[KeyEvidence]:
+    """Look at the coordinator's own key files; owners' keys are out of its sight, as they must be."""
+    files = ((home / IDENTITY / "server.key.sealed", "TLS key"), (home / PRIVATE, "release signing key"))
+    return [
+        KeyEvidence(
+            what=what,
+            holder="coordinator",
+            place="sealed file",
+            encrypted_at_rest=_is_sealed(path),
+        )
+        for path, what in files
+        if path.exists()
+    ]
+
+
+def _is_sealed(path: Path) -> bool:
+    closed = stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    return closed and path.read_bytes().startswith(b'{"ciphertext"')
+
+
+def _certificates(home: Path) -> list[CertificateEvidence]:
+    files = [home / IDENTITY / "ca.crt", home / IDENTITY / "server.crt"]
+    files += sorted((home / MEMBERS).glob("*.crt"))
+    certificates = [x509.load_pem_x509_certificate(file.read_bytes()) for file in files]
+    return [CertificateEvidence.from_fields(describe(certificate)) for certificate in certificates]
+
+
+def _tls(store: RunStore) -> TlsEvidence:
+    facts = store.get("tls")
+    if facts is None:
+        return TlsEvidence(version="none", client_certificate_required=False, cipher=None)
+    return TlsEvidence(
+        version=facts["version"] if facts["older_versions_refused"] else "TLSv1.2",
+        client_certificate_required=facts["client_certificate_required"],
+        cipher=facts["cipher"],
+    )

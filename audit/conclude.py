@@ -1,0 +1,101 @@
+"""What follows a finished run: the signed package and the signed report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from audit.collect import collect
+from audit.report import build_report, write_report
+from deploy.build import build_package, synthetic_inputs
+from deploy.package import PrivacyStatement
+from protocol.accounting import epsilon_after
+from protocol.errors import RunFailed
+from server.app import PUBLIC_DATA
+from server.store import RunStore
+from tasks.images import unflatten
+from tasks.registry import task_for
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """Where a run's package and report are, and what they say.
+
+    Attributes:
+        package: Folder of the model package, or None if none could be built.
+        deployment: What building the package measured, or None.
+        report_json: The report.
+        report_html: The same report to read.
+        verdict: The report's verdict.
+    """
+
+    package: Path | None
+    deployment: dict[str, Any] | None
+    report_json: Path
+    report_html: Path
+    verdict: dict[str, Any]
+
+
+def conclude(
+    store: RunStore,
+    home: Path,
+    key: Ed25519PrivateKey,
+    out: Path,
+    progress: Callable[[str], None],
+) -> Conclusion:
+    """Compress and package the final model if the run finished, and write the report in any case.
+
+    Args:
+        store: A run that has ended.
+        home: The coordinator's home folder.
+        key: The coordinator's release key.
+        out: Folder for the package and the report.
+        progress: Called with a line of text at each step.
+
+    Raises:
+        CompressionRefused, PackageInvalid: The model could not be packaged.
+        ReportInvalid: The run has not ended.
+    """
+    deployment, package = None, None
+    if store.get("state") == "finished" and (store.folder / PUBLIC_DATA).exists():
+        package, deployment = _package(store, key, out, progress)
+    progress("writing the report")
+    evidence = collect(store, home, deployment)
+    report = build_report(evidence, datetime.now(UTC), key)
+    report_json, report_html = write_report(report, out)
+    return Conclusion(package, deployment, report_json, report_html, report["verdict"])
+
+
+def _package(
+    store: RunStore, key: Ed25519PrivateKey, out: Path, progress: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    plan = store.plan()
+    task = task_for(plan)
+    network = task.build_model(plan)
+    unflatten(network, store.read_checkpoint(plan.run.rounds).weights)
+    public = task.read(store.folder / PUBLIC_DATA)
+    sealed = [facts["sealed"] for facts in store.owners().values()]
+    if not sealed:
+        raise RunFailed("no owner is recorded")
+    epsilon = epsilon_after(plan, max(sealed))
+    delta, accountant = (None, None) if epsilon is None else (plan.privacy.delta, "PLD")
+    statement = PrivacyStatement.for_plan(plan, epsilon, delta, accountant)
+    out.mkdir(parents=True, exist_ok=True)
+    result = build_package(
+        plan,
+        network,
+        public.x,
+        public.y,
+        synthetic_inputs(plan),
+        statement.model_dump(),
+        task.input_schema(plan),
+        key,
+        out,
+        progress,
+    )
+    return result.folder, result.to_fields()

@@ -1,0 +1,152 @@
+"""Live progress of a run on the terminal: what happened, round by round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+COLUMNS = (
+    ("round", 7, "right"),
+    ("accuracy", 9, "right"),
+    ("epsilon spent", 14, "right"),
+    ("owners", 7, "right"),
+    ("fit", 7, "right"),
+    ("seal", 7, "right"),
+    ("open", 7, "right"),
+    ("sent / owner", 13, "right"),
+)
+
+
+class RunProgress:
+    """Prints a line for everything that a run reports.
+
+    Lines are final when they are printed, so that the output reads the same on a terminal, in a log and
+    in a pipe.
+
+    Args:
+        console: Where to print.
+        rounds: Rounds of the plan.
+        protected: Whether the plan adds noise; if not, every line says so.
+    """
+
+    def __init__(self, console: Console, rounds: int, *, protected: bool) -> None:
+        self._console = console
+        self._rounds = rounds
+        self._protected = protected
+        self._head_shown = False
+
+    def show(self, kind: str, facts: dict[str, Any]) -> None:
+        """Print one event; kinds that are of no interest print nothing."""
+        handler = getattr(self, f"_show_{kind}", None)
+        if handler is not None:
+            handler(facts)
+
+    def _show_stage(self, facts: dict[str, Any]) -> None:
+        self._console.print(Text(f"● {facts['text']}", style="bold"))
+
+    def _show_step(self, facts: dict[str, Any]) -> None:
+        self._console.print(Text(f"    {facts['text']}", style="dim"))
+
+    def _show_processes(self, facts: dict[str, Any]) -> None:
+        listed = ", ".join(f"{name} (pid {pid})" for name, pid in facts["pids"].items())
+        self._show_step({"text": listed})
+
+    def _show_joined(self, facts: dict[str, Any]) -> None:
+        self._show_step({"text": f"{facts['owners']} owners checked the plan and joined"})
+
+    def _show_session(self, facts: dict[str, Any]) -> None:
+        self._show_step(
+            {"text": f"{facts['owners']} owners agreed on keys that the coordinator cannot use"}
+        )
+
+    def _show_refused(self, facts: dict[str, Any]) -> None:
+        who = facts.get("owner", "an owner")
+        self._console.print(Text(f"    {who} refused: {facts['code']}", style="yellow"))
+
+    def _show_absent(self, facts: dict[str, Any]) -> None:
+        self._console.print(Text(f"    {facts['owner']} did not answer and is left out", style="yellow"))
+
+    def _show_void(self, facts: dict[str, Any]) -> None:
+        text = f"    attempt {facts['attempt']} is void ({facts['code']}); nothing was opened"
+        self._console.print(Text(text, style="yellow"))
+
+    def _show_round(self, facts: dict[str, Any]) -> None:
+        if not self._head_shown:
+            self._console.print(Text(_row([name for name, _, _ in COLUMNS]), style="bold"))
+            self._head_shown = True
+        accuracy, seconds = facts["accuracy"], facts["seconds"]
+        losses = [loss for loss in facts["epsilon"].values() if loss is not None]
+        line = _row(
+            [
+                f"{facts['round']}/{self._rounds}",
+                "-" if accuracy is None else f"{accuracy:.4f}",
+                f"{max(losses):.3f}" if losses else "NO PRIVACY",
+                str(facts["contributors"]),
+                *(f"{seconds[part]:.2f} s" for part in ("fit", "seal", "open")),
+                format_bytes(facts["upload_bytes"]),
+            ]
+        )
+        self._console.print(Text(line, style="" if self._protected else "bold red"))
+
+
+def _row(cells: list[str]) -> str:
+    padded = [cell.rjust(width) for cell, (_, width, _) in zip(cells, COLUMNS, strict=True)]
+    return "  " + " ".join(padded)
+
+
+def format_bytes(size: float) -> str:
+    """Return a size in the largest decimal unit that keeps it above one."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Return a demo's summary as a table of two columns."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    model, audit = summary["model"], summary["audit"]
+    rows = [
+        ("accuracy on public data", f"{summary['accuracy']:.4f} after {summary['rounds']} rounds"),
+        *((f"privacy loss of {owner['name']}", _loss(owner)) for owner in summary["owners"]),
+        (
+            "an owner sends per round",
+            f"{summary['upload_bytes_per_parameter']:.2f} bytes per parameter "
+            f"({summary['parameters']} parameters)",
+        ),
+        (
+            "an opener receives per round",
+            f"{summary['download_bytes_per_parameter']:.2f} bytes per parameter",
+        ),
+        ("transport", f"{summary['tls_version']} with client certificates"),
+        ("encryption", f"{summary['he']['scheme']} {summary['he']['preset']}, exact sums"),
+        *_model_rows(model),
+        ("audit", f"{audit['verdict']}: {audit['report']}"),
+        ("time", f"{summary['wall_s']:.1f} s"),
+    ]
+    for name, value in rows:
+        table.add_row(Text(name, style="dim"), Text(str(value)))
+    return table
+
+
+def _loss(owner: dict[str, Any]) -> Text | str:
+    if owner["epsilon"] is None:
+        return "no guarantee: no noise was added"
+    return f"epsilon {owner['epsilon']:.3f} at delta {owner['delta']:g}"
+
+
+def _model_rows(model: dict[str, Any]) -> list[tuple[str, str]]:
+    if model["size_ratio"] is None:
+        return [("deployed model", "none was built")]
+    return [
+        (
+            "deployed model",
+            f"{model['size_ratio']:.1f} times smaller, {model['speed_ratio_b1']:.1f} times faster, "
+            f"accuracy {model['accuracy']:.4f} (drop {model['accuracy_drop']:+.4f})",
+        ),
+        ("package", model["package"]),
+    ]

@@ -1,0 +1,286 @@
+"""What the verbs of the command line print."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from console.progress import RunProgress, format_bytes, summary_table
+from protocol.errors import FedsealError, PlanInvalid
+from protocol.plan import Plan
+
+
+def dump_json(value: Any) -> None:
+    """Print a JSON value to standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def show_demo(console: Console, out: Path, plan_file: Path | None, seed: int) -> None:
+    """Run the demo and print its progress and summary."""
+    from scenarios.demo import PLANS, DemoOptions, run_demo
+
+    if out.exists() and any(out.iterdir()):
+        raise PlanInvalid("--out: the folder is not empty")
+    plan = Plan.from_toml((plan_file or PLANS / "digits.toml").read_text(encoding="utf-8"))
+    warn_if_unprotected(console, plan)
+    progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")
+    try:
+        summary = run_demo(DemoOptions(out.resolve(), plan, plan.cohort.maximum, seed), progress.show)
+    except (FedsealError, KeyboardInterrupt):
+        console.print(f"stopped; all processes have ended. Logs: {out}/logs")
+        console.print("To go on: remove the folder and start again, or choose another --out.")
+        raise
+    console.print()
+    console.print(summary_table(summary))
+
+
+def show_simulation(console: Console, scenario_file: Path, out: Path | None) -> None:
+    """Run a scenario in this process and print its progress."""
+    from scenarios.simulate import Scenario, build
+
+    scenario, plan = Scenario.read(scenario_file)
+    warn_if_unprotected(console, plan)
+    progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = out or Path(temporary)
+        progress.show("stage", {"text": f"making a federation of {scenario.owners} simulated owners"})
+        simulation = build(scenario, plan, folder)
+        stop = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(folder / "run", progress, stop))
+        watcher.start()
+        try:
+            simulation.run()
+        finally:
+            stop.set()
+            watcher.join()
+            simulation.close()
+
+
+def _watch(folder: Path, progress: RunProgress, stop: threading.Event) -> None:
+    from server.store import RunStore
+
+    store, last = RunStore(folder), 0
+    while True:
+        ending = stop.wait(0.2)
+        for identifier, _moment, kind, facts in store.events(last):
+            last = identifier
+            progress.show(kind, facts)
+        if ending:
+            store.close()
+            return
+
+
+def show_run(
+    console: Console,
+    home: Path,
+    plan: Plan,
+    public_data: Path | None,
+    out: Path | None,
+    passphrase: bytes,
+) -> None:
+    """Submit a plan, print its progress, package the model and write the report."""
+    from audit.conclude import conclude
+    from scenarios.demo import follow
+    from server.release import release_key
+    from server.submit import prepare_run, read_addresses, submit
+
+    read_addresses(home)
+    key = release_key(home, passphrase)
+    warn_if_unprotected(console, plan)
+    progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")
+    store = prepare_run(home, plan, public_data)
+    console.print(f"run folder: {store.folder}")
+    try:
+        submit(home, store)
+        follow(store, None, progress.show)
+    finally:
+        if store.get("state") in ("finished", "failed", "paused"):
+            target = out or store.folder / "result"
+            conclusion = conclude(
+                store, home, key, target, lambda text: progress.show("step", {"text": text})
+            )
+            console.print(f"report: {conclusion.verdict['status']}  {conclusion.report_html}")
+            if conclusion.package is not None:
+                console.print(f"package: {conclusion.package}")
+
+
+def warn_if_unprotected(console: Console, plan: Plan) -> None:
+    """Say in red that a plan without noise protects no record."""
+    if plan.privacy.noise == "none":
+        console.print(
+            Text("privacy.noise = 'none': this run protects NO record", style="bold white on red")
+        )
+
+
+def issue_certificates(
+    console: Console,
+    pki: Path,
+    owner: str | None,
+    server_names: Sequence[str] | None,
+    days: int,
+    renew: bool,
+    authority_passphrase: bytes,
+    key_passphrase: bytes,
+) -> None:
+    """Issue certificates for an owner or the coordinator, and print what to copy and to pin."""
+    from crypto.certificates import fingerprint
+    from crypto.pki import issue_owner, issue_server
+
+    if (owner is None) == (not server_names):
+        raise PlanInvalid("give either --owner NAME or --server HOST")
+    if owner is None:
+        names = list(server_names or ())
+        issue_server(pki, authority_passphrase, key_passphrase, names, days, renew)
+        console.print(f"copy {pki / 'server'} to HOME/identity and {pki / 'members'} to HOME/members")
+        return
+    issued = issue_owner(pki, authority_passphrase, owner, key_passphrase, days, renew)
+    console.print(f"copy {pki / 'owners' / owner} to HOME/identity of {owner}")
+    console.print(f"others pin {owner} by this fingerprint, given to them by {owner} itself:")
+    console.print(fingerprint(issued.signing_key.public_key()), soft_wrap=True)
+
+
+def show_pki(console: Console, pki: Path, *, as_json: bool) -> None:
+    """Print what an authority issued."""
+    from crypto.pki import list_pki
+
+    issued = list_pki(pki)
+    if as_json:
+        dump_json(issued)
+        return
+    table = Table("name", "role", "days left", "not after", "state")
+    for row in issued:
+        state = "revoked" if row["revoked"] else "expired" if row["days_left"] < 0 else "valid"
+        style = "" if state == "valid" else "red"
+        cells = (row["name"], row["role"], str(row["days_left"]), row["not_after"], state)
+        table.add_row(*(Text(cell, style=style) for cell in cells))
+    console.print(table)
+
+
+def show_plan(console: Console, plan: Plan, *, as_json: bool) -> None:
+    """Print what follows from a plan: noise, privacy loss, bytes, capacity."""
+    from crypto.presets import packing_for
+    from protocol.accounting import epsilon_after
+    from tasks.registry import task_for
+    from tasks.resolve import resolve
+
+    resolved = resolve(plan)
+    if as_json:
+        dump_json(resolved.fields())
+        return
+    warn_if_unprotected(console, resolved)
+    parameters = task_for(resolved).initial_weights(resolved).size
+    packing = packing_for(resolved.encryption.preset, resolved.cohort.maximum)
+    frames = packing.frames_for(parameters)
+    upload = frames * packing.frame_bytes
+    epsilon = epsilon_after(resolved, resolved.run.rounds)
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in (
+        ("plan hash", resolved.sha256()),
+        ("parameters", f"{parameters}"),
+        ("noise multiplier", f"{resolved.privacy.noise_multiplier}"),
+        ("epsilon after the last round", "no guarantee" if epsilon is None else f"{epsilon:.4f}"),
+        ("delta", f"{resolved.privacy.delta:g}"),
+        (
+            "an owner sends per round",
+            f"{format_bytes(upload)}, {upload / parameters:.2f} bytes per parameter",
+        ),
+        ("quantization", f"{2 * packing.half_levels + 1} levels in +-{resolved.update_range:.4g}"),
+        ("largest cohort", f"{resolved.cohort.maximum}; the sum is exact up to it"),
+    ):
+        table.add_row(Text(name, style="dim"), Text(value))
+    console.print(table)
+
+
+def show_ledger(console: Console, home: Path, *, as_json: bool) -> None:
+    """Verify an owner's ledger and print what it says."""
+    from client.ledger import Ledger
+    from client.owner import IDENTITY, LEDGER, POLICY
+    from client.policy import Policy
+    from protocol.errors import PolicyInvalid
+
+    try:
+        policy = Policy.from_toml((home / POLICY).read_text(encoding="utf-8"))
+    except OSError:
+        raise PolicyInvalid("policy.toml cannot be read in this home folder") from None
+    ledger = Ledger.open(home / LEDGER / "ledger.db", policy, home / IDENTITY / "ledger.head")
+    try:
+        _print_ledger(console, ledger, policy, as_json=as_json)
+    finally:
+        ledger.close()
+
+
+def _print_ledger(console: Console, ledger: Any, policy: Any, *, as_json: bool) -> None:
+    totals, head = ledger.totals(), ledger.head()
+    runs = {run: ledger.spent(run) for run in _runs(ledger)}
+    if as_json:
+        dump_json(
+            {
+                "dataset": policy.dataset,
+                "epsilon": totals.epsilon,
+                "delta": totals.delta,
+                "epsilon_total": policy.budget.epsilon_total,
+                "delta_total": policy.budget.delta_total,
+                "head": head.model_dump(mode="json"),
+                "runs": {
+                    run: {"epsilon": s.epsilon, "delta": s.delta, "sealed": s.sealed, "void": s.void}
+                    for run, s in runs.items()
+                },
+            }
+        )
+        return
+    table = Table("run", "epsilon", "delta", "sealed", "void", title=f"dataset {policy.dataset}")
+    for run, spent in runs.items():
+        unprotected = spent.epsilon is None
+        cells = (
+            run[:16],
+            "NO PRIVACY" if unprotected else f"{spent.epsilon:.4f}",
+            f"{spent.delta:g}",
+            str(spent.sealed),
+            str(spent.void),
+        )
+        table.add_row(*(Text(cell, style="bold red" if unprotected else "") for cell in cells))
+    console.print(table)
+    remaining = policy.budget.epsilon_total - (totals.epsilon or 0.0)
+    console.print(
+        f"spent {totals.epsilon or 0.0:.4f} of {policy.budget.epsilon_total:g} epsilon, "
+        f"{totals.delta:g} of {policy.budget.delta_total:g} delta; {remaining:.4f} epsilon remain"
+    )
+    console.print(f"{head.sequence} records, chain verified, head {head.head[:16]}")
+
+
+def _runs(ledger: Any) -> list[str]:
+    bodies = [record.body for record in ledger.records()]
+    return [body["run"] for body in bodies if body["kind"] == "open_run"]
+
+
+def show_package(console: Console, package: Path, key_file: Path) -> None:
+    """Verify a package and print its privacy statement."""
+    from deploy.package import verify_package
+    from server.release import read_public_key
+
+    verified = verify_package(package, read_public_key(key_file))
+    console.print(f"verified: {verified.name}, made {verified.created}")
+    console.print(Text(verified.privacy.statement))
+
+
+def show_report(console: Console, report_file: Path, key_file: Path | None) -> int:
+    """Verify a report, print its verdict, and return the exit status that stands for it."""
+    from audit.report import verify_report
+    from audit.verdict import exit_code
+    from server.release import read_public_key
+
+    report = verify_report(report_file, None if key_file is None else read_public_key(key_file))
+    verdict = report["verdict"]
+    console.print(f"verified: {verdict['status']}")
+    for reason in verdict["reasons"]:
+        console.print(Text(f"  {reason}"))
+    return exit_code(verdict["status"])

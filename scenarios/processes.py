@@ -1,0 +1,105 @@
+"""Starting and stopping real processes: by pid, with logs, with passphrases that no command line shows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_TERM_WAIT_S = 10.0
+
+
+class Processes:
+    """A group of child processes that ends with its block.
+
+    Args:
+        logs: Folder for one log file per process.
+    """
+
+    def __init__(self, logs: Path) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = logs
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        """Return the group."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop everything, whatever happened."""
+        self.stop()
+
+    def start(self, name: str, arguments: Sequence[str], passphrase: bytes | None = None) -> int:
+        """Start ``fedseal`` with these arguments and return the pid.
+
+        A passphrase goes through a pipe of which the child reads the one end; it stands neither on the
+        command line nor in the environment nor on a disk.
+        """
+        command = [sys.executable, "-m", "fedseal", *arguments]
+        descriptors: tuple[int, ...] = ()
+        if passphrase is not None:
+            reader, writer = os.pipe()
+            os.write(writer, passphrase)
+            os.close(writer)
+            descriptors = (reader,)
+            command += ["--passphrase-file", f"/dev/fd/{reader}"]
+        with (self._logs / f"{name}.log").open("ab") as log:
+            child = subprocess.Popen(  # noqa: S603  the arguments are our own
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=descriptors,
+                start_new_session=True,
+            )
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self._children[name] = child
+        return child.pid
+
+    def pids(self) -> dict[str, int]:
+        """Return the pids of the processes that are running."""
+        return {name: child.pid for name, child in self._children.items() if child.poll() is None}
+
+    def ended(self) -> dict[str, int]:
+        """Return the exit status of the processes that have ended."""
+        return {
+            name: child.returncode for name, child in self._children.items() if child.poll() is not None
+        }
+
+    def kill(self, name: str) -> None:
+        """Kill one process without warning, as a crash would."""
+        self._children[name].kill()
+        self._children[name].wait()
+
+    def terminate(self, name: str) -> int:
+        """Ask one process to end and return its exit status."""
+        child = self._children[name]
+        child.terminate()
+        return child.wait(_TERM_WAIT_S)
+
+    def stop(self) -> None:
+        """Ask all processes to end; kill what does not, together with its children."""
+        for child in self._children.values():
+            if child.poll() is None:
+                child.terminate()
+        deadline = time.monotonic() + _TERM_WAIT_S
+        for child in self._children.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.1, deadline - time.monotonic()))
+            # each child leads a process group of its own, which may outlive it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()

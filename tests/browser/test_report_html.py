@@ -1,0 +1,252 @@
+"""The page in a real browser: it stands alone, makes no noise, fits a telephone, escapes what is hostile."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from audit.report import build_report, write_report
+from tests.unit.audit_evidence import NOW, evidence, evidence_fields
+
+connect = pytest.importorskip("websockets.sync.client").connect
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --remote-debugging-port=0"
+).split()
+SECTIONS = {
+    "reasons", "guarantee", "mechanism", "received", "rounds", "keys", "deployment", "versions",
+    "reproduce", "limits",
+}  # fmt: skip
+HOSTILE = '<script>document.title="taken"</script><img src=x onerror=alert(1)>"\'&{{7*7}}'
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
+
+
+class Tab:
+    """One browser tab, driven over the DevTools protocol."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self._number = 0
+        self._session: str | None = None
+        self.events: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Log", "Runtime"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        self._socket.send(json.dumps(message))
+        while (answer := self._receive()).get("id") != self._number:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return dict(answer["result"])
+
+    def _receive(self) -> dict[str, Any]:
+        return dict(json.loads(self._socket.recv(timeout=30)))
+
+    def open(self, page: Path, width: int = 1280, scheme: str = "light") -> None:
+        self.events.clear()
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=900, deviceScaleFactor=1, mobile=width < 600,
+        )  # fmt: skip
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", media="screen", features=features)
+        self.call("Page.navigate", url=page.as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._receive())
+
+    def value(self, expression: str) -> Any:
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def requests(self) -> list[str]:
+        return [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event.get("method") == "Network.requestWillBeSent"
+        ]
+
+    def complaints(self) -> list[Any]:
+        noisy = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+        dialogs = ("Page.javascriptDialogOpening",)
+        return [event for event in self.events if event.get("method") in noisy + dialogs]
+
+    def screenshot(self, path: Path) -> None:
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    profile = tmp_path_factory.mktemp("profile")
+    process = subprocess.Popen(
+        [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        note = profile / "DevToolsActivePort"
+        deadline = time.monotonic() + 60
+        while not (note.exists() and len(note.read_text().splitlines()) == 2):
+            assert process.poll() is None, "chromium ended"
+            assert time.monotonic() < deadline, "chromium did not start"
+            time.sleep(0.1)
+        port, path = note.read_text().splitlines()
+        address = f"ws://127.0.0.1:{port}{path}"
+        with connect(address, max_size=64 * 1024 * 1024, proxy=None) as socket:
+            yield Tab(socket)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pages of an ordinary run, one without noise, one of a hostile owner, one that hardly began."""
+    folder = tmp_path_factory.mktemp("pages")
+    hostile = evidence_fields()
+    hostile["owners"][0]["name"] = HOSTILE
+    hostile["deployment"] = {HOSTILE: HOSTILE}
+    hostile["environment"]["packages"] = {HOSTILE: HOSTILE}
+    hostile["transcript"][0]["kind"] = HOSTILE
+    nothing = {"rounds": [], "owners": [], "transcript": [], "refusals": [], "keys": [], "certificates": []}
+    barely = {
+        "state": "failed",
+        "session": None,
+        "rounds_finished": 0,
+        "attempts_used": 0,
+        "deployment": None,
+    }
+    runs = {
+        "plain": evidence(),
+        "none": evidence("none"),
+        "hostile": type(evidence()).from_fields(hostile),
+        "failed": evidence(**nothing, **barely),
+    }
+    return {name: write_report(build_report(run, NOW), folder / name)[1] for name, run in runs.items()}
+
+
+@pytest.mark.parametrize("name", ["plain", "none", "hostile", "failed"])
+def test_page_stands_alone_and_is_silent(tab: Tab, pages: dict[str, Path], name: str) -> None:
+    tab.open(pages[name])
+    assert set(tab.requests()) <= {pages[name].as_uri(), "data:,"}
+    assert tab.complaints() == []
+    assert tab.value("document.scripts.length") == 0
+    assert pages[name].stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("name", ["plain", "none", "hostile", "failed"])
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_page_never_scrolls_sideways(tab: Tab, pages: dict[str, Path], name: str, width: int) -> None:
+    tab.open(pages[name], width)
+    tab.value("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert tab.value("innerWidth") == width
+    assert tab.value("document.documentElement.scrollWidth") <= width
+
+
+def test_page_has_landmarks_captions_and_text_for_charts(tab: Tab, pages: dict[str, Path]) -> None:
+    tab.open(pages["plain"])
+    assert set(tab.value("[...document.querySelectorAll('main > section')].map(s => s.id)")) == SECTIONS
+    assert tab.value("['header','nav','main','footer'].every(name => document.querySelector(name))")
+    assert tab.value("document.documentElement.lang") == "en"
+    assert tab.value("[...document.querySelectorAll('table')].every(t => t.caption?.textContent.trim())")
+    assert tab.value("document.querySelectorAll('.chart svg[role=img] > desc').length") == 3
+    assert tab.value("[...document.querySelectorAll('.chart desc')].every(d => d.textContent.length > 40)")
+    assert tab.value(
+        "[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.getAttribute('href')))"
+    )
+    headings = tab.value("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])")
+    assert headings.count(1) == 1
+    assert all(after <= before + 2 for before, after in zip(headings, headings[1:], strict=False))
+
+
+def test_first_screen_holds_the_verdict_and_every_check(tab: Tab, pages: dict[str, Path]) -> None:
+    tab.open(pages["plain"])
+    assert tab.value("document.querySelector('#verdict').textContent") == "INCONCLUSIVE"
+    assert tab.value("document.querySelectorAll('.lines li').length") == 16
+    assert tab.value("document.querySelector('.lines').getBoundingClientRect().bottom") <= 900
+    assert "not part of this version" in tab.value("document.querySelector('#reasons').innerText")
+
+
+def test_absence_of_noise_is_loud_and_red(tab: Tab, pages: dict[str, Path]) -> None:
+    tab.open(pages["none"], 360)
+    assert "No privacy noise" in tab.value("document.querySelector('.alarm').innerText")
+    assert tab.value("document.querySelector('.alarm').getBoundingClientRect().top") < 300
+    assert (
+        tab.value("getComputedStyle(document.querySelector('.alarm')).backgroundColor")
+        == "rgb(176, 15, 15)"
+    )
+    assert tab.value("document.querySelector('#verdict').textContent") == "FAIL"
+    tab.open(pages["plain"], 360)
+    assert tab.value("document.querySelector('.alarm')") is None
+
+
+def test_hostile_strings_are_shown_not_run(tab: Tab, pages: dict[str, Path]) -> None:
+    tab.open(pages["hostile"])
+    assert tab.value("document.title") != "taken"
+    assert tab.value("document.images.length") == 0
+    assert tab.value("document.querySelector('.owner h3').textContent") == HOSTILE
+
+
+CONTRAST = """(() => {
+  const luminance = c => { const v = c.map(x => { x /= 255; return x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4 });
+    return .2126 * v[0] + .7152 * v[1] + .0722 * v[2] };
+  const rgb = t => t.match(/[\\d.]+/g).map(Number);
+  const ground = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3] > 0) return c.slice(0, 3) } return [255, 255, 255] };
+  const worst = [];
+  for (const e of document.querySelectorAll('body *')) {
+    if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || e.matches('.sr, .skip, desc')) continue;
+    const style = getComputedStyle(e);
+    const ink = rgb(e.closest('svg') ? style.fill : style.color).slice(0, 3);
+    const [a, b] = [luminance(ink), luminance(ground(e))].sort((x, y) => y - x);
+    worst.push([(a + .05) / (b + .05), e.tagName + '.' + e.getAttribute('class')]);
+  }
+  return worst.sort((x, y) => x[0] - y[0])[0];
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["plain", "none"])
+def test_text_has_enough_contrast(tab: Tab, pages: dict[str, Path], name: str, scheme: str) -> None:
+    tab.open(pages[name], scheme=scheme)
+    ratio, element = tab.value(CONTRAST)
+    assert ratio >= 4.5, element
+
+
+@pytest.fixture
+def shots(tmp_path: Path) -> Callable[[str], Path]:
+    """Where screenshots go: FEDSEAL_SCREENSHOTS, or a folder that pytest removes."""
+    folder = Path(os.environ.get("FEDSEAL_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda name: folder / name
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["plain", "none"])
+def test_page_can_be_pictured(
+    tab: Tab, pages: dict[str, Path], shots: Callable[[str], Path], name: str, width: int, scheme: str
+) -> None:
+    tab.open(pages[name], width, scheme)
+    path = shots(f"{name}-{width}-{scheme}.png")
+    tab.screenshot(path)
+    assert path.stat().st_size > 20_000

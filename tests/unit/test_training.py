@@ -1,0 +1,325 @@
+"""The private step: exact noise scale, a bound on every record, and nothing that data can change."""
+
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import client.training
+from client.training import local_update, require_safe
+from protocol.accounting import calibrate
+from protocol.errors import ModelMismatch, ModelUnsafe, TrainingFailed
+from protocol.plan import Plan
+from tasks.images import Examples, ImageClassification, unflatten
+from tasks.partition import digits
+
+LEARNING_RATE, CLIP, DIVISOR = 0.5, 0.7, 40.0
+ALMOST_SILENT = 1e-9
+"""A noise multiplier so small that the noise vanishes in float32."""
+
+
+def make_plan(hidden: list[int] | None = None, steps: int = 1, **privacy: object) -> Plan:
+    fields: dict[str, object] = {
+        "target_epsilon": 8.0,
+        "max_grad_norm": CLIP,
+        "sample_rate": 1.0,
+        "expected_batch_size": DIVISOR,
+    }
+    return Plan.from_fields(
+        {
+            "run": {"name": "unit", "rounds": 10},
+            "task": {
+                "name": "image-classification",
+                "input_shape": [8, 8],
+                "value_range": [0.0, 16.0],
+                "classes": 10,
+            },
+            "model": {"name": "mlp", "hidden": hidden} if hidden else {"name": "linear"},
+            "cohort": {"minimum": 3, "maximum": 8},
+            "training": {"local_steps": steps, "learning_rate": LEARNING_RATE},
+            "privacy": {k: v for k, v in (fields | privacy).items() if v is not None},
+        }
+    )
+
+
+TASK = ImageClassification(make_plan().task)
+
+
+def make_examples(n: int, seed: int = 0) -> Examples:
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(n, 64)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True) + 1e-12
+    return Examples(x.astype(np.float32), generator.integers(0, 10, n))
+
+
+def start(plan: Plan) -> NDArray[np.float64]:
+    return TASK.initial_weights(plan)
+
+
+def update(plan: Plan, examples: Examples) -> NDArray[np.float64]:
+    return local_update(TASK, plan, start(plan), examples)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_noise_has_exactly_the_scale_that_is_accounted_for(steps: int) -> None:
+    plan = make_plan([512, 256], steps, noise_multiplier=1.5)
+    noise = update(plan, make_examples(0))
+    expected = LEARNING_RATE * 1.5 * CLIP / DIVISOR * np.sqrt(steps)
+    assert noise.size > 160_000
+    assert noise.std() == pytest.approx(expected, rel=0.01)
+    assert abs(noise.mean()) < 5 * expected / np.sqrt(noise.size)
+
+
+def test_the_scale_does_not_depend_on_how_many_records_there_are() -> None:
+    plan = make_plan([512, 256], noise_multiplier=1.5)
+    silent = [Examples(np.full((n, 64), np.nan, np.float32), np.zeros(n, np.int64)) for n in (64, 65, 500)]
+    expected = LEARNING_RATE * 1.5 * CLIP / DIVISOR
+    for examples in silent:
+        assert update(plan, examples).std() == pytest.approx(expected, rel=0.01)
+
+
+def test_the_divisor_is_the_public_one() -> None:
+    plan = make_plan(noise_multiplier=ALMOST_SILENT)
+    one = make_examples(1)
+    twice = Examples(np.repeat(one.x, 2, axis=0), np.repeat(one.y, 2))
+    np.testing.assert_allclose(update(plan, twice), 2 * update(plan, one), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("hidden", [None, [32]])
+def test_one_record_never_moves_the_model_further_than_its_bound(hidden: list[int] | None) -> None:
+    plan = make_plan(hidden, steps=6, noise_multiplier=ALMOST_SILENT, max_grad_norm=0.01)
+    moved = float(np.linalg.norm(update(plan, make_examples(1))))
+    bound = LEARNING_RATE * 0.01 / DIVISOR * 6
+    assert 0.5 * bound < moved <= bound * (1 + 1e-3)
+
+
+def test_an_outlier_has_no_more_influence_than_anyone() -> None:
+    plan = make_plan(noise_multiplier=ALMOST_SILENT)
+    crowd = make_examples(20)
+    monster = Examples(np.concatenate([crowd.x, np.full((1, 64), 1e18, np.float32)]), np.append(crowd.y, 3))
+    moved = float(np.linalg.norm(update(plan, monster) - update(plan, crowd)))
+    assert moved <= LEARNING_RATE * CLIP / DIVISOR * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("hidden", [None, [16], [24, 12]])
+def test_the_clipped_sum_agrees_with_an_independent_computation(hidden: list[int] | None) -> None:
+    plan = make_plan(hidden, noise_multiplier=ALMOST_SILENT, max_grad_norm=0.3)
+    examples = make_examples(50)
+    model = TASK.build_model(plan).double()
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(values: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits = torch.func.functional_call(model, values, (x.unsqueeze(0),))
+        return nn.functional.cross_entropy(logits, y.unsqueeze(0))
+
+    gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    parts = gradient(parameters, torch.from_numpy(examples.x).double(), torch.from_numpy(examples.y))
+    rows = torch.cat([parts[name].flatten(1) for name in parameters], dim=1).numpy()
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    assert norms.max() > 0.3
+    expected = -(rows * np.minimum(1.0, 0.3 / norms)).sum(axis=0) * LEARNING_RATE / DIVISOR
+    difference = np.linalg.norm(update(plan, examples) - expected)
+    assert difference <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("hidden", [None, [16]])
+def test_a_record_that_is_not_finite_counts_as_nothing(bad: float, hidden: list[int] | None) -> None:
+    plan = make_plan(hidden, noise_multiplier=ALMOST_SILENT)
+    clean = make_examples(10)
+    x = np.insert(clean.x, 4, bad, axis=0)
+    x[4, 1:] = 0.1
+    dirty = Examples(x, np.insert(clean.y, 4, 1))
+    np.testing.assert_allclose(update(plan, dirty), update(plan, clean), rtol=1e-4, atol=1e-8)
+
+
+def test_large_batches_are_added_up_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan([16], noise_multiplier=ALMOST_SILENT)
+    examples = make_examples(45)
+    whole = update(plan, examples)
+    monkeypatch.setattr(client.training, "MICRO_BATCH_VALUES", 10 * start(plan).size)
+    np.testing.assert_allclose(update(plan, examples), whole, rtol=1e-4, atol=1e-8)
+
+
+def test_pieces_get_the_noise_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan([512, 256], noise_multiplier=1.5)
+    silent = Examples(np.full((30, 64), np.nan, np.float32), np.zeros(30, np.int64))
+    monkeypatch.setattr(client.training, "MICRO_BATCH_VALUES", 10 * start(plan).size)
+    expected = LEARNING_RATE * 1.5 * CLIP / DIVISOR
+    assert update(plan, silent).std() == pytest.approx(expected, rel=0.01)
+
+
+def test_no_seed_repeats_an_update() -> None:
+    plan = make_plan(noise_multiplier=1.0)
+    examples = make_examples(10)
+    updates = []
+    for _ in range(2):
+        torch.manual_seed(42)
+        np.random.seed(42)
+        updates.append(update(plan, examples))
+    assert abs(np.corrcoef(updates[0], updates[1])[0, 1]) < 0.9
+    assert not np.any(updates[0] == updates[1])
+
+
+def test_every_step_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = client.training.SecureStream
+
+    def counted() -> object:
+        made.append(original())
+        return made[-1]
+
+    monkeypatch.setattr(client.training, "SecureStream", counted)
+    update(make_plan(steps=5, noise_multiplier=1.0), make_examples(3))
+    assert len(made) >= 5
+
+
+def test_training_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    update(make_plan([16], noise_multiplier=1.0), make_examples(3))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_sampling_takes_each_record_with_the_plans_probability() -> None:
+    plan = make_plan(noise_multiplier=ALMOST_SILENT, sample_rate=0.3)
+    one = make_examples(1)
+    everyone = Examples(np.repeat(one.x, 4000, axis=0), np.repeat(one.y, 4000))
+    alone = update(make_plan(noise_multiplier=ALMOST_SILENT), one)
+    chosen = np.linalg.norm(update(plan, everyone)) / np.linalg.norm(alone)
+    assert abs(chosen - 1200) < 6 * np.sqrt(4000 * 0.21)
+
+
+def test_without_privacy_the_step_is_the_plain_gradient() -> None:
+    plan = make_plan([16], noise="none", target_epsilon=None, max_grad_norm=1e-6)
+    examples = make_examples(30)
+    model = TASK.build_model(plan)
+    loss = TASK.loss(model(torch.from_numpy(examples.x)), torch.from_numpy(examples.y)).sum()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).numpy()
+    expected = -flat * LEARNING_RATE / DIVISOR
+    np.testing.assert_allclose(update(plan, examples), expected, rtol=1e-3, atol=1e-7)
+
+
+class Task(ImageClassification):
+    """The image task with something wrong in it."""
+
+    layers: list[nn.Module]
+
+    def build_model(self, plan: Plan) -> nn.Module:
+        return nn.Sequential(*self.layers)
+
+
+class CentersBatch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(dim=0)
+
+
+class KeepsCount(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+        self.register_buffer("count", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)],
+        [nn.BatchNorm1d(64, affine=False), nn.Linear(64, 10)],
+        [CentersBatch(), nn.Linear(64, 10)],
+        [KeepsCount()],
+    ],
+)
+def test_models_that_mix_records_are_refused(layers: list[nn.Module]) -> None:
+    model = nn.Sequential(*layers)
+    with pytest.raises(ModelUnsafe):
+        require_safe(model, 64)
+    task = Task(TASK.description)
+    object.__setattr__(task, "layers", layers)
+    vector = np.zeros(sum(parameter.numel() for parameter in model.parameters()))
+    with pytest.raises(ModelUnsafe):
+        local_update(task, make_plan(noise_multiplier=1.0), vector, make_examples(4))
+
+
+def test_the_real_models_are_safe() -> None:
+    for hidden in (None, [32], [64, 64]):
+        require_safe(TASK.build_model(make_plan(hidden)), 64)
+
+
+class Leaky(ImageClassification):
+    def loss(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(f"the labels are {y.tolist()}")
+
+
+def test_no_text_about_data_leaves_with_an_error() -> None:
+    with pytest.raises(TrainingFailed) as caught:
+        local_update(
+            Leaky(TASK.description), make_plan(noise_multiplier=1.0), np.zeros(650), make_examples(4)
+        )
+    assert caught.value.detail == ""
+    assert caught.value.__suppress_context__
+    assert "labels" not in str(caught.value)
+
+
+def test_labels_outside_the_classes_stop_without_a_reason() -> None:
+    examples = replace(make_examples(4), y=np.array([0, 1, 2, 99]))
+    with pytest.raises(TrainingFailed):
+        update(make_plan(noise_multiplier=1.0), examples)
+
+
+def test_a_model_that_is_not_finite_stops() -> None:
+    plan = make_plan(noise_multiplier=1.0)
+    with pytest.raises(TrainingFailed):
+        local_update(TASK, plan, np.full(650, np.nan), make_examples(4))
+
+
+def test_a_vector_of_another_model_is_refused() -> None:
+    with pytest.raises(ModelMismatch):
+        local_update(TASK, make_plan(noise_multiplier=1.0), np.zeros(651), make_examples(4))
+
+
+def test_an_unresolved_plan_never_trains_without_noise() -> None:
+    with pytest.raises(TrainingFailed):
+        update(make_plan(), make_examples(4))
+
+
+def test_importing_does_not_touch_the_root_logger() -> None:
+    code = (
+        "import logging; root = logging.getLogger(); import client.training; "
+        "assert not root.handlers and root.level == logging.WARNING, root.handlers"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert logging.getLogger("client").handlers == []
+
+
+def test_digits_are_learned_with_privacy() -> None:
+    shards, public = digits(seed=0, owners=1)
+    draft = make_plan(
+        None, 4, sample_rate=0.2, expected_batch_size=287.0, max_grad_norm=1.0, target_epsilon=8.0
+    )
+    fields = draft.fields()
+    fields["privacy"]["noise_multiplier"] = calibrate(draft)
+    fields["training"]["learning_rate"] = 2.0
+    plan = Plan.from_fields(fields)
+    examples, test = TASK.check(*shards[0]), TASK.check(*public)
+    weights = TASK.initial_weights(plan)
+    for _ in range(plan.run.rounds):
+        weights += local_update(TASK, plan, weights, examples)
+    model = TASK.build_model(plan)
+    unflatten(model, weights)
+    assert TASK.evaluate(model, test) > 0.8
+
+
+def test_a_round_is_fast() -> None:
+    plan = make_plan([64], 8, noise_multiplier=1.0, sample_rate=0.2)
+    examples = make_examples(480)
+    update(plan, examples)
+    started = time.process_time()
+    update(plan, examples)
+    assert time.process_time() - started < 0.3
