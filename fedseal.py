@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from protocol.environment import prepare_environment
 from protocol.errors import FedsealError, PlanInvalid
 from protocol.plan import Plan
 
@@ -27,12 +28,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 pki_app = typer.Typer(help="Certificates of the federation.", no_args_is_help=True)
+home_app = typer.Typer(help="Home folders of coordinator and owners.", no_args_is_help=True)
+data_app = typer.Typer(help="Example data.", no_args_is_help=True)
 plan_app = typer.Typer(help="Run plans.", no_args_is_help=True)
 ledger_app = typer.Typer(help="The privacy ledger of an owner.", no_args_is_help=True)
 package_app = typer.Typer(help="Packaged models.", no_args_is_help=True)
 audit_app = typer.Typer(help="Audit reports.", no_args_is_help=True)
 for name, group in (
     ("pki", pki_app),
+    ("home", home_app),
+    ("data", data_app),
     ("plan", plan_app),
     ("ledger", ledger_app),
     ("package", package_app),
@@ -56,6 +61,7 @@ Days = Annotated[int, typer.Option("--days", min=1, max=3650, help="Validity in 
 
 def main() -> None:
     """Run the command line; coded errors become a short explanation and an exit status."""
+    prepare_environment()
     try:
         app()
     except FedsealError as error:
@@ -74,9 +80,13 @@ def _passphrase(file: Path | None, question: str) -> bytes:
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("fedseal").setLevel(logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    """Show fedseal's own log and nothing else; libraries log more than a party may want to keep."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logger = logging.getLogger("fedseal")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _read_plan(file: Path) -> Plan:
@@ -215,14 +225,14 @@ def pki_issue(
     passphrase_file: PassphraseFile = None,
     key_passphrase_file: Annotated[
         Path | None,
-        typer.Option(help="Passphrase that seals the new keys; the authority's own by default."),
+        typer.Option(help="File with the passphrase that seals the new keys; the holder's own."),
     ] = None,
 ) -> None:
     """Issue certificates for one owner or for the coordinator."""
     from console.show import issue_certificates
 
     authority = _passphrase(passphrase_file, "Passphrase of the authority")
-    key = _passphrase(key_passphrase_file, "New passphrase") if key_passphrase_file else authority
+    key = _passphrase(key_passphrase_file, "New passphrase for the keys that are issued")
     issue_certificates(console, pki, owner, server_name, days, renew, authority, key)
 
 
@@ -247,6 +257,52 @@ def pki_show(
     from console.show import show_pki
 
     show_pki(console, pki, as_json=as_json)
+
+
+# --- homes and data ----------------------------------------------------------------------------------
+
+
+@home_app.command("coordinator")
+def home_coordinator(
+    home: Home,
+    identity: Annotated[Path, typer.Option(help="Folder server/ as the authority issued it.")],
+    members: Annotated[Path, typer.Option(help="Folder members/ with all certificates.")],
+) -> None:
+    """Lay out a coordinator's home folder."""
+    from scenarios.federation import make_coordinator_home
+
+    make_coordinator_home(home, identity, members)
+
+
+@home_app.command("owner")
+def home_owner(
+    home: Home,
+    identity: Annotated[Path, typer.Option(help="Folder owners/NAME as the authority issued it.")],
+    data: Annotated[Path, typer.Option(help="The owner's examples; a copy goes into the home.")],
+    dataset: Annotated[str, typer.Option(help="Name under which the privacy budget is kept.")],
+    peers: Annotated[Path, typer.Option(help="Folder with signing certificates of known owners.")],
+) -> None:
+    """Lay out an owner's home folder, with a policy.toml to read and edit."""
+    from scenarios.federation import make_owner_home, pins_of
+
+    make_owner_home(home, identity, data, dataset, pins_of(peers, identity))
+    console.print(f"read and edit {home / 'policy.toml'}: it says what may be done with the data")
+
+
+@data_app.command("digits")
+def data_digits(
+    out: Annotated[Path, typer.Option(help="New folder for the files.")],
+    owners: Annotated[int, typer.Option(min=1, max=256, help="Number of owners.")] = 3,
+    seed: Annotated[int, typer.Option(help="Decides which owner gets which rows.")] = 0,
+) -> None:
+    """Split scikit-learn's bundled digits into one file per owner and a public one."""
+    from tasks.partition import digits, write_examples
+
+    splits, public = digits(seed=seed, owners=owners)
+    out.mkdir(parents=True)
+    for number, split in enumerate(splits, start=1):
+        write_examples(out / f"owner-{number}.npz", *split)
+    write_examples(out / "public.npz", *public)
 
 
 # --- plans, ledgers, packages, reports ---------------------------------------------------------------

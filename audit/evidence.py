@@ -186,6 +186,15 @@ class OwnerEvidence(Evidence):
         except (ValueError, UnsupportedAlgorithm):
             return None
 
+    def certificate_covers(self, start: datetime, end: datetime) -> bool:
+        """Tell whether the signing certificate was valid from `start` to `end`."""
+        certificate = self.certificate()
+        return (
+            certificate is not None
+            and certificate.not_valid_before_utc <= start
+            and end <= certificate.not_valid_after_utc
+        )
+
     def public_key(self) -> Ed25519PublicKey | None:
         """Return the certificate's key, or None if it does not have the owner's fingerprint."""
         certificate = self.certificate()

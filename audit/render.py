@@ -209,7 +209,7 @@ def number(value: Any) -> str:
     if value == "inf":
         return "no limit"
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

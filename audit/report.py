@@ -90,7 +90,7 @@ def build_report(
         "schema": SCHEMA_ID,
         "generated_at": now.astimezone(UTC).isoformat(timespec="seconds"),
         "subject": _subject(evidence, plan),
-        "plan": flatten(evidence.plan),
+        "plan": flatten(plan.fields()),
         "promise": _promise(plan),
         "claims": [_claim(evidence, owner, plan) for owner in evidence.owners],
         "spending": _spending(plan, evidence.rounds_finished),
@@ -240,21 +240,14 @@ def _claim(evidence: RunEvidence, owner: OwnerEvidence, plan: Plan) -> dict[str,
         else {"epsilon": _loss(statement.epsilon), "delta": statement.delta},
         "sealed_attempts": sealed,
         "certificate_matches": owner.public_key() is not None,
-        "certificate_covers_run": _covers(owner, evidence),
+        "certificate_covers_run": owner.certificate_covers(
+            parse_time(evidence.started_at), parse_time(evidence.finished_at)
+        ),
         "statement": "missing" if owner.statement is None else "valid" if statement else "invalid",
         "disagreements": [] if statement is None else _disagreements(evidence, statement, plan, sealed),
         "model_signed": statement is not None and statement.model_hash == evidence.model_hash,
         "ledger_went_back": owner.ledger_went_back(),
     }
-
-
-def _covers(owner: OwnerEvidence, evidence: RunEvidence) -> bool:
-    certificate = owner.certificate()
-    return (
-        certificate is not None
-        and certificate.not_valid_before_utc <= parse_time(evidence.started_at)
-        and parse_time(evidence.finished_at) <= certificate.not_valid_after_utc
-    )
 
 
 def _sealed(evidence: RunEvidence, owner: OwnerEvidence, statement: Statement | None) -> int:

@@ -93,6 +93,10 @@ def _largest(claim: dict[str, Any], part: str) -> float:
     return max(float(entry[part]) for entry in (claim["spent"], claim["stated"]) if entry is not None)
 
 
+def _words(epsilon: float) -> str:
+    return "no limit" if epsilon == float("inf") else f"{epsilon:.4g}"
+
+
 def _run_complete(report: Report) -> Check:
     subject, planned = report["subject"], report["promise"]["rounds"]
     counted = len(_finished(report))
@@ -120,7 +124,7 @@ def _plan_binding(report: Report) -> Check:
     return _result(
         "plan-binding",
         "The plan printed here is the plan that was run",
-        "The plan's hash and the hash of the first model were computed again.",
+        "The plan's hash was computed again. The first model's hash was compared with the plan.",
         failed=failed,
         missing=[],
         limit="",
@@ -155,8 +159,8 @@ def _budget_kept(report: Report) -> Check:
     return _result(
         "budget-kept",
         "No owner's privacy loss went above its promise",
-        f"Recomputed from the plan. Largest epsilon spent: {worst:.4g}. "
-        f"Promised: {float(report['promise']['epsilon']):.4g}.",
+        f"Recomputed from the plan. Largest epsilon spent: {_words(worst)}. "
+        f"Promised: {_words(float(report['promise']['epsilon']))}.",
         failed=failed,
         missing=[] if claims else ["The run has no owner on record."],
         limit="Covers this run. What the same people lost in other runs stands in each owner's ledger.",
@@ -245,8 +249,8 @@ def _no_server_key(report: Report) -> Check:
     return _result(
         "no-server-key",
         "The coordinator could not decrypt",
-        "The coordinator's process was asked whether it holds a decryption key.",
-        failed=["A decryption key was found in the coordinator's process."] if held else [],
+        "The coordinator's process was searched for decryption keys and for the code that uses them.",
+        failed=["The coordinator's process held a decryption key or the code for one."] if held else [],
         missing=[],
         limit="A coordinator that got the key from an owner by other means would not say so.",
     )

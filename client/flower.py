@@ -7,7 +7,6 @@ name.
 from __future__ import annotations
 
 import importlib
-import os
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +20,6 @@ from flwr.app import Context, Message, RecordDict
 from crypto.certificates import OwnerCredentials
 from crypto.pki import ssl_key_file
 from protocol.errors import FlowerChanged, ServerUnavailable
-
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "OMP_NUM_THREADS": "1",
-}
-"""Set before Flower is loaded: nothing is reported, looked up or installed at run time."""
 
 PULL_BACKOFF_S = 0.02
 _CONNECT_RETRIES = 0
@@ -47,11 +38,6 @@ class FleetConnection:
     node_id: int
     receive: Callable[[], Any]
     deliver: Callable[[Any, Callable[[Message, Context], Message]], None]
-
-
-def prepare_environment() -> None:
-    """Set `ENVIRONMENT` for this process."""
-    os.environ.update(ENVIRONMENT)
 
 
 def tls_context(

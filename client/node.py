@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from client.app import make_app
-from client.flower import fleet_connection, prepare_environment, tls_context
+from client.flower import fleet_connection, tls_context
 from client.owner import IDENTITY, Owner, open_owner
 from protocol.errors import ServerUnavailable
 
@@ -36,7 +36,6 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
         ServerUnavailable: The coordinator is not there and `keep_trying` is off.
         FedsealError: The owner's home cannot be opened.
     """
-    prepare_environment()
     stop = threading.Event()
     _stop_on_signals(stop)
     owner = open_owner(home, passphrase)

@@ -98,7 +98,7 @@ def show_run(
     warn_if_unprotected(console, plan)
     progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")
     store = prepare_run(home, plan, public_data)
-    console.print(f"run folder: {store.folder}")
+    console.print(f"run folder: {store.folder}", soft_wrap=True)
     try:
         submit(home, store)
         follow(store, None, progress.show)
@@ -108,9 +108,9 @@ def show_run(
             conclusion = conclude(
                 store, home, key, target, lambda text: progress.show("step", {"text": text})
             )
-            console.print(f"report: {conclusion.verdict['status']}  {conclusion.report_html}")
+            console.print(f"report: {conclusion.verdict['status']}  {conclusion.report_html}", soft_wrap=True)
             if conclusion.package is not None:
-                console.print(f"package: {conclusion.package}")
+                console.print(f"package: {conclusion.package}", soft_wrap=True)
 
 
 def warn_if_unprotected(console: Console, plan: Plan) -> None:

@@ -83,10 +83,15 @@ def unpack_sum(packed: Integers, parameters: int, contributors: int, packing: Pa
         uint64 (parameters,), each in [0, 2 L contributors].
 
     Raises:
-        OpeningRefused: A check slot does not count the contributors, or a field is out of range. Masks
-            that do not cancel, a missing owner and a foreign key all end here: a random frame passes
-            with probability below 2**-4096.
+        OpeningRefused: The frames are not as many as the parameters take, the contributors are none or
+            more than the proof of capacity covers, a check slot does not count them, or a field is out
+            of range. Masks that do not cancel, a missing owner and a foreign key all end here: a
+            random frame passes with probability below 2**-4096.
     """
+    if packed.shape[0] != packing.frames_for(parameters):
+        raise OpeningRefused("the number of frames does not fit the number of parameters")
+    if not 1 <= contributors <= packing.cohort:
+        raise OpeningRefused("the preset was not fitted to this number of contributors")
     if not np.all(packed[:, -CHECK_SLOTS:] == contributors):
         raise OpeningRefused("the check slots do not count the contributors")
     fields = _split_fields(packed[:, :-CHECK_SLOTS], packing)

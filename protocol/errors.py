@@ -268,7 +268,7 @@ class RunFailed(FedsealError):
 
     code = "FS-RUN-02"
     what = "The run ended before its last round."
-    remedy = "Read the run's events with fedseal run show, mend the cause and start it again."
+    remedy = "Read the report of the run and the owners' own logs, mend the cause and start a new run."
     exit_code = 7
 
 
@@ -313,7 +313,7 @@ class ReportInvalid(FedsealError):
 
     code = "FS-AUDIT-01"
     what = "The audit report does not verify."
-    remedy = "Do not rely on it; render a new one from the run with fedseal audit."
+    remedy = "Do not rely on it; ask the coordinator for the original report."
     exit_code = 9
 
 
@@ -333,3 +333,12 @@ class PackageNotWritten(FedsealError):
     what = "The model package was not written."
     remedy = "Correct what the detail names; move an older package of the same name away first."
     exit_code = 9
+
+
+class HomeExists(FedsealError):
+    """A home folder that is to be made is there already."""
+
+    code = "FS-HOME-01"
+    what = "The home folder exists already."
+    remedy = "Choose a new folder; an existing home may hold a ledger that must not be lost."
+    exit_code = 5

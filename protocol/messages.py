@@ -40,11 +40,19 @@ class Message(BaseModel):
 
     @classmethod
     def from_fields(cls, fields: Any) -> Self:
-        """Validate an already decoded value; see `from_bytes`."""
+        """Validate an already decoded value; see `from_bytes`.
+
+        Raises:
+            EncodingInvalid: Not a message of this type, or not spelled as this type writes it.
+        """
         try:
-            return cls.model_validate(fields)
+            message = cls.model_validate(fields)
         except ValidationError as error:
             raise EncodingInvalid(first_problem(error)) from None
+        # Literal fields take what equals them, such as true for 1, and float fields take integers.
+        if message.to_bytes() != encode(fields):
+            raise EncodingInvalid("a field is not spelled as its type writes it")
+        return message
 
 
 class Body(Message):

@@ -44,7 +44,7 @@ class TaskSection(Section):
     input_shape: list[Annotated[int, Field(ge=1, le=100_000)]] = Field(
         min_length=1, max_length=4, description="Shape of one example, for example [8, 8]."
     )
-    value_range: list[float] = Field(
+    value_range: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(
         default=[0.0, 1.0], min_length=2, max_length=2, description="Declared range of raw values."
     )
     classes: int = Field(ge=2, le=100_000, description="Number of classes.")
@@ -177,7 +177,7 @@ class Plan(Section):
     Call `Plan.from_toml` for a file and `resolved` before the plan is hashed or sent.
     """
 
-    version: Literal[1] = Field(default=1, description="Version of this format.")
+    version: int = Field(default=1, ge=1, le=1, description="Version of this format.")
     run: RunSection
     task: TaskSection
     model: ModelSection

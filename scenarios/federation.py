@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
 from client.owner import IDENTITY, POLICY
 from crypto.certificates import fingerprint
 from crypto.pki import init_pki, issue_owner, issue_server
 from crypto.vault import write_private
+from protocol.errors import HomeExists
+from server.submit import MEMBERS
 from tasks.partition import write_examples
 
 Split = tuple[NDArray[Any], NDArray[Any]]
@@ -96,22 +100,67 @@ def make_federation(
         issued[name] = (passphrase, fingerprint(credentials.signing_key.public_key()))
     pins = {name: print_ for name, (_, print_) in issued.items()}
     server_home = folder / "server"
-    shutil.copytree(pki / "server", server_home / IDENTITY)
-    shutil.copytree(pki / "members", server_home / "members")
+    make_coordinator_home(server_home, pki / "server", pki / "members")
     owners = []
     for name, split in zip(names, splits, strict=True):
         passphrase, print_ = issued[name]
         home = folder / "owners" / name
-        shutil.copytree(pki / "owners" / name, home / IDENTITY)
-        write_examples(home / DATA, *split)
-        policy = policy_fields(f"{name}-records", pins, name, settings or PolicySettings())
-        write_private(home / POLICY, tomli_w.dumps(policy).encode())
+        data = folder / f"{name}.npz"
+        write_examples(data, *split)
+        pinned = {peer: pin for peer, pin in pins.items() if peer != name}
+        make_owner_home(home, pki / "owners" / name, data, f"{name}-records", pinned, settings)
+        data.unlink()
         owners.append(OwnerHome(name, home, passphrase, print_))
     return Federation(folder, server_home, server_passphrase, tuple(owners))
 
 
-def policy_fields(dataset: str, pins: dict[str, str], own: str, settings: PolicySettings) -> dict[str, Any]:
-    """Return the fields of a policy.toml that pins all other owners."""
+def make_coordinator_home(home: Path, identity: Path, members: Path) -> None:
+    """Lay out a coordinator's home.
+
+    Args:
+        home: New folder.
+        identity: As issued by the authority: certificate, sealed key, authority, revocation list.
+        members: Certificates of all members.
+
+    Raises:
+        HomeExists: The home is there already.
+    """
+    _new_home(home)
+    shutil.copytree(identity, home / IDENTITY)
+    shutil.copytree(members, home / MEMBERS)
+
+
+def make_owner_home(
+    home: Path,
+    identity: Path,
+    data: Path,
+    dataset: str,
+    pinned: Mapping[str, str],
+    settings: PolicySettings | None = None,
+) -> None:
+    """Lay out an owner's home, with a copy of its data and a policy to edit.
+
+    Args:
+        home: New folder.
+        identity: As issued by the authority.
+        data: The owner's examples.
+        dataset: Name under which the privacy budget is kept; never reused for other people.
+        pinned: Names and fingerprints of the other owners that this owner knows.
+        settings: Budget and conditions.
+
+    Raises:
+        HomeExists: The home is there already.
+    """
+    _new_home(home)
+    shutil.copytree(identity, home / IDENTITY)
+    shutil.copyfile(data, home / DATA)
+    (home / DATA).chmod(0o600)
+    fields = policy_fields(dataset, pinned, settings or PolicySettings())
+    write_private(home / POLICY, tomli_w.dumps(fields).encode())
+
+
+def policy_fields(dataset: str, pinned: Mapping[str, str], settings: PolicySettings) -> dict[str, Any]:
+    """Return the fields of a policy.toml."""
     return {
         "dataset": dataset,
         "data_file": DATA,
@@ -125,11 +174,32 @@ def policy_fields(dataset: str, pins: dict[str, str], own: str, settings: Policy
             "models": ["linear", "mlp"],
             "min_cohort": settings.min_cohort,
         },
-        "peers": {
-            "pinned": {name: print_ for name, print_ in pins.items() if name != own},
-            "min_known_peers": settings.min_known_peers,
-        },
+        "peers": {"pinned": dict(pinned), "min_known_peers": settings.min_known_peers},
     }
+
+
+def pins_of(folder: Path, own: Path) -> dict[str, str]:
+    """Return names and fingerprints of the signing certificates in a folder, less the owner's own.
+
+    Args:
+        folder: Holds ``<name>.signing.crt`` files that the owners themselves handed over.
+        own: The owner's identity folder.
+    """
+    mine = (own / "signing.crt").read_bytes()
+    pins = {}
+    for file in sorted(folder.glob("*.signing.crt")):
+        if file.read_bytes() == mine:
+            continue
+        key = x509.load_pem_x509_certificate(file.read_bytes()).public_key()
+        if isinstance(key, Ed25519PublicKey):
+            pins[file.name.removesuffix(".signing.crt")] = fingerprint(key)
+    return pins
+
+
+def _new_home(home: Path) -> None:
+    if home.exists():
+        raise HomeExists
+    home.mkdir(mode=0o700, parents=True)
 
 
 def _passphrase() -> bytes:

@@ -7,9 +7,7 @@ name, so that an upgrade of Flower fails there first.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,16 +18,6 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from protocol.errors import FlowerChanged, ServerUnavailable
-
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "OMP_NUM_THREADS": "1",
-}
-"""Set in every process that loads Flower: nothing is reported, looked up or installed at run time."""
 
 PULL_BACKOFF_S = 0.02
 """First wait for an object that is still being uploaded; Flower's own default is a whole second."""
@@ -71,14 +59,6 @@ class SuperLinkOptions:
     certificate_file: Path
     key_file: str
     key_password: str
-
-
-def prepare_environment() -> None:
-    """Set `ENVIRONMENT` for this process and its children, and let them find Flower's programs."""
-    os.environ.update(ENVIRONMENT)
-    programs = str(Path(sys.executable).parent)
-    if programs not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = programs + os.pathsep + os.environ.get("PATH", "")
 
 
 def superlink_app(options: SuperLinkOptions) -> Any:
@@ -249,13 +229,3 @@ def set_identity(run_id: int, node_id: int) -> None:
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = node_id
     TaskIdentity.task_id = run_id
-
-
-def wait_until(condition: Any, timeout_s: float, interval_s: float = 0.05) -> bool:
-    """Poll a condition; returns whether it became true in time."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(interval_s)
-    return bool(condition())

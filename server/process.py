@@ -11,7 +11,7 @@ from pathlib import Path
 from crypto.pki import load_server, ssl_key_file
 from protocol.errors import CertificateRefused
 from server.app import HOME_VARIABLE
-from server.flower import SuperLinkOptions, prepare_environment
+from server.flower import SuperLinkOptions
 from server.launcher import ListenerOptions, serve
 from server.submit import IDENTITY, MEMBERS, Addresses, forget_addresses, write_addresses
 
@@ -39,7 +39,6 @@ def run_server(
     credentials = load_server(identity, passphrase)
     if not (home / MEMBERS).is_dir():
         raise CertificateRefused("the coordinator's home has no members folder")
-    prepare_environment()
     os.environ[HOME_VARIABLE] = str(home.resolve())
     os.environ["FLWR_HOME"] = str((home / "flower").resolve())
     port = control_port or free_port()

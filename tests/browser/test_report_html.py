@@ -1,4 +1,4 @@
-"""The page in a real browser: it stands alone, makes no noise, fits a telephone, escapes what is hostile."""
+"""The page in a real browser: it stands alone, is silent, fits a telephone, disarms hostile text."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from audit import render
+from audit.evidence import RunEvidence
 from audit.report import build_report, write_report
 from tests.unit.audit_evidence import NOW, evidence, evidence_fields
 
-connect = pytest.importorskip("websockets.sync.client").connect
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --remote-debugging-port=0"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-port=0",
+]
 SECTIONS = {
     "reasons", "guarantee", "mechanism", "received", "rounds", "keys", "deployment", "versions",
     "reproduce", "limits",
 }  # fmt: skip
 HOSTILE = '<script>document.title="taken"</script><img src=x onerror=alert(1)>"\'&{{7*7}}'
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
 
 
 class Tab:
@@ -96,6 +101,9 @@ class Tab:
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    if CHROMIUM is None:
+        pytest.skip("needs the Debian package chromium")
+    connect = pytest.importorskip("websockets.sync.client").connect
     profile = tmp_path_factory.mktemp("profile")
     process = subprocess.Popen(
         [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "about:blank"],
@@ -127,7 +135,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     hostile["deployment"] = {HOSTILE: HOSTILE}
     hostile["environment"]["packages"] = {HOSTILE: HOSTILE}
     hostile["transcript"][0]["kind"] = HOSTILE
-    nothing = {"rounds": [], "owners": [], "transcript": [], "refusals": [], "keys": [], "certificates": []}
+    nothing: dict[str, Any] = {
+        "rounds": [],
+        "owners": [],
+        "transcript": [],
+        "refusals": [],
+        "keys": [],
+        "certificates": [],
+    }
     barely = {
         "state": "failed",
         "session": None,
@@ -138,7 +153,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = {
         "plain": evidence(),
         "none": evidence("none"),
-        "hostile": type(evidence()).from_fields(hostile),
+        "hostile": RunEvidence.from_fields(hostile),
         "failed": evidence(**nothing, **barely),
     }
     return {name: write_report(build_report(run, NOW), folder / name)[1] for name, run in runs.items()}
@@ -175,7 +190,7 @@ def test_page_has_landmarks_captions_and_text_for_charts(tab: Tab, pages: dict[s
     )
     headings = tab.value("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])")
     assert headings.count(1) == 1
-    assert all(after <= before + 2 for before, after in zip(headings, headings[1:], strict=False))
+    assert all(after <= before + 2 for before, after in pairwise(headings))
 
 
 def test_first_screen_holds_the_verdict_and_every_check(tab: Tab, pages: dict[str, Path]) -> None:
@@ -207,14 +222,16 @@ def test_hostile_strings_are_shown_not_run(tab: Tab, pages: dict[str, Path]) -> 
 
 
 CONTRAST = """(() => {
-  const luminance = c => { const v = c.map(x => { x /= 255; return x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4 });
+  const linear = x => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
+  const luminance = c => { const v = c.map(x => linear(x / 255));
     return .2126 * v[0] + .7152 * v[1] + .0722 * v[2] };
   const rgb = t => t.match(/[\\d.]+/g).map(Number);
   const ground = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
     if (c.length < 4 || c[3] > 0) return c.slice(0, 3) } return [255, 255, 255] };
   const worst = [];
   for (const e of document.querySelectorAll('body *')) {
-    if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || e.matches('.sr, .skip, desc')) continue;
+    const empty = ![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+    if (empty || e.matches('.sr, .skip, desc')) continue;
     const style = getComputedStyle(e);
     const ink = rgb(e.closest('svg') ? style.fill : style.color).slice(0, 3);
     const [a, b] = [luminance(ink), luminance(ground(e))].sort((x, y) => y - x);
@@ -250,3 +267,78 @@ def test_page_can_be_pictured(
     path = shots(f"{name}-{width}-{scheme}.png")
     tab.screenshot(path)
     assert path.stat().st_size > 20_000
+
+
+# --- the same page as text, without a browser --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return build_report(evidence("local", 6), NOW)
+
+
+def test_hostile_names_come_out_escaped() -> None:
+    hostile = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}"
+    fields = evidence_fields()
+    fields["owners"][0]["name"] = hostile
+    fields["name"] = hostile
+    fields["deployment"] = {hostile: hostile}
+    fields["environment"] = {"python": hostile, "platform": hostile, "packages": {hostile: hostile}}
+    for entry in fields["transcript"]:
+        entry["kind"] = hostile
+    page = render.html(build_report(RunEvidence.from_fields(fields), NOW))
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "onerror=alert(1)&gt;" in page
+    assert "{{7*7}}" in page
+
+
+def test_page_names_no_other_source(report: dict[str, Any]) -> None:
+    page = render.html(report)
+    assert len(page.encode()) < 300_000
+    assert not any(sign in page for sign in ("http://", "https://", "//cdn", "@import", "url(", "<script"))
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+
+
+def test_page_says_verdict_reasons_and_figures(report: dict[str, Any]) -> None:
+    page = render.html(report)
+    assert '<h2 id="verdict">INCONCLUSIVE</h2>' in page
+    assert all(reason in page for reason in report["verdict"]["reasons"])
+    assert all(item["title"].replace("'", "&#39;") in page for item in report["checks"])
+    assert f">{report['claims'][0]['spent']['epsilon']:.4g}<" in page
+    assert "No privacy noise" not in page
+    assert "No privacy noise" in render.html(build_report(evidence("none"), NOW))
+
+
+def test_charts_stay_inside_and_say_what_they_show(report: dict[str, Any]) -> None:
+    for chart in (render.epsilon_chart(report), render.accuracy_chart(report)):
+        assert chart is not None
+        assert all(render.LEFT <= x <= render.RIGHT for x, _ in chart.points)
+        assert all(render.TOP <= y <= render.BOTTOM for _, y in chart.points)
+        assert len(chart.summary) > 40
+    epsilon = render.epsilon_chart(report)
+    assert epsilon is not None
+    assert epsilon.cap is not None
+    assert all(y >= epsilon.cap for _, y in epsilon.points)
+
+
+def test_there_is_no_epsilon_chart_without_a_guarantee() -> None:
+    assert render.epsilon_chart(build_report(evidence("none"), NOW)) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_960, "1.0 MB"), (10**15, "1000.0 TB")],
+)
+def test_sizes_are_written_for_people(count: int, text: str) -> None:
+    assert render.size(count) == text
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert [render.number(value) for value in ("inf", None, True, 1e-5, 1.99764, [1, 2], [], 0.0)] == [
+        "no limit", "-", "yes", "0.00001", "1.998", "1, 2", "none", "0",
+    ]  # fmt: skip
+    assert render.odds(1e-5) == "1 in 100,000"
+    assert render.odds(0.0) == "zero"
+    assert render.factor(0.0) == "1.00"
+    assert render.factor("inf") == "more than a million"

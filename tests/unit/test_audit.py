@@ -1,0 +1,394 @@
+"""The report is built from evidence alone, judged again by whoever reads it, and no leaf can be changed."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from audit.evidence import RunEvidence, flatten, unflatten
+from audit.report import build_report, sign_report, verify_report, write_report
+from crypto.certificates import fingerprint
+from crypto.signing import sign
+from protocol.accounting import epsilon_after
+from protocol.errors import ReportInvalid
+from tests.unit.audit_evidence import (
+    NOW,
+    OWNERS,
+    changed,
+    credentials,
+    evidence,
+    evidence_fields,
+    get,
+    leaves,
+    opening_body,
+    plan,
+    put,
+    sha,
+    statement_body,
+)
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+SCHEMA = json.loads(
+    (Path(__file__).parents[2] / "audit" / "schema" / "report-1.json").read_text(encoding="utf-8")
+)
+
+
+@lru_cache(maxsize=1)
+def _signed() -> dict[str, Any]:
+    return build_report(evidence("local", 6), NOW, KEY)
+
+
+@lru_cache(maxsize=1)
+def _short() -> dict[str, Any]:
+    """A signed report that has every kind of leaf, and few of each."""
+    fields = evidence_fields("local", 5)
+    fields |= {name: fields[name][:2] for name in ("transcript", "certificates", "keys")}
+    fields["rounds"] = fields["rounds"][3:]
+    return build_report(RunEvidence.from_fields(fields), NOW, KEY)
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    return copy.deepcopy(_signed())
+
+
+def stored(report: dict[str, Any], folder: Path) -> Path:
+    path = folder / "report.json"
+    path.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="ascii")
+    return path
+
+
+# --- the report --------------------------------------------------------------------------------------
+
+
+def test_report_verifies_and_is_returned(report: dict[str, Any], tmp_path: Path) -> None:
+    path, page = write_report(report, tmp_path / "audit")
+    assert verify_report(path, KEY.public_key()) == report
+    assert verify_report(path) == report
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert sorted(item.name for item in path.parent.iterdir()) == ["report.html", "report.json"]
+
+
+def test_schema_is_closed_everywhere() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+
+    def objects(node: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(node, dict):
+            if node.get("type") == "object":
+                yield node
+            for item in node.values():
+                yield from objects(item)
+        elif isinstance(node, list):
+            for item in node:
+                yield from objects(item)
+
+    found = list(objects(SCHEMA))
+    assert len(found) > 25
+    assert all(item["additionalProperties"] is False for item in found)
+    assert all(set(item["required"]) == set(item["properties"]) for item in found)
+
+
+def test_spending_is_recomputed_from_the_plan(report: dict[str, Any]) -> None:
+    losses = {claim["owner"]: claim["spent"]["epsilon"] for claim in report["claims"]}
+    assert losses["clinic-nord"] == epsilon_after(plan("local", 6), 6)
+    assert losses["lab-ost"] == epsilon_after(plan("local", 6), 4)
+    assert losses["lab-ost"] < losses["clinic-nord"] <= 2.0
+    curve = [point["epsilon"] for point in report["spending"]]
+    assert curve == sorted(curve)
+    assert curve[0] == 0.0
+
+
+def test_a_long_run_has_a_short_curve() -> None:
+    points = build_report(evidence("local", 40), NOW)["spending"]
+    assert len(points) <= 13
+    assert (points[0]["round"], points[-1]["round"]) == (0, 40)
+
+
+def test_a_run_without_noise_fails_and_spells_infinity(tmp_path: Path) -> None:
+    report = build_report(evidence("none"), NOW)
+    assert report["verdict"]["status"] == "FAIL"
+    assert {claim["spent"]["epsilon"] for claim in report["claims"]} == {"inf"}
+    assert verify_report(write_report(report, tmp_path)[0]) == report
+    assert "NaN" not in json.dumps(report)
+    assert "Infinity" not in json.dumps(report)
+
+
+def test_a_run_that_hardly_began_has_a_report(tmp_path: Path) -> None:
+    lists = ("rounds", "owners", "transcript", "refusals", "keys", "certificates")
+    fields = evidence_fields() | {name: [] for name in lists}
+    fields |= {"state": "failed", "session": None, "rounds_finished": 0, "attempts_used": 0}
+    report = build_report(RunEvidence.from_fields(fields | {"deployment": None}), NOW)
+    assert report["verdict"]["status"] == "FAIL"
+    assert verify_report(write_report(report, tmp_path)[0]) == report
+
+
+# --- every leaf --------------------------------------------------------------------------------------
+
+
+def test_every_changed_leaf_is_found(tmp_path: Path) -> None:
+    report = _short()
+    places = list(leaves(report))
+    assert len(places) > 500
+    for place in places:
+        path = stored(put(report, place, changed(get(report, place))), tmp_path)
+        with pytest.raises(ReportInvalid):
+            verify_report(path, KEY.public_key())
+
+
+def test_every_changed_conclusion_is_found_even_when_signed_again(tmp_path: Path) -> None:
+    report = _short()
+    derived = ("promise", "claims", "spending", "checks", "verdict")
+    places = [place for place in leaves(report) if place[0] in derived]
+    places += [("rounds", i, "agreeing_openings") for i in range(len(report["rounds"]))]
+    places += [("subject", "plan_hash_recomputed"), ("subject", "initial_model_hash_planned")]
+    for place in places:
+        forged = sign_report(put(report, place, changed(get(report, place))), KEY)
+        with pytest.raises(ReportInvalid):
+            verify_report(stored(forged, tmp_path), KEY.public_key())
+
+
+@pytest.mark.parametrize("key", ["statement", "openings"])
+def test_a_signer_of_the_report_cannot_forge_owners_words(
+    report: dict[str, Any], tmp_path: Path, key: str
+) -> None:
+    if key == "statement":
+        report["owners"][0]["statement"]["body"]["epsilon"] = 0.5
+    else:
+        report["rounds"][0]["openings"][0]["body"]["sums_hash"] = sha("another sum")
+    with pytest.raises(ReportInvalid, match="does not follow"):
+        verify_report(stored(sign_report(report, KEY), tmp_path), KEY.public_key())
+
+
+def test_a_removed_check_is_found(report: dict[str, Any], tmp_path: Path) -> None:
+    report["checks"] = [item for item in report["checks"] if item["status"] == "pass"]
+    report["verdict"] = {"status": "PASS", "reasons": []}
+    with pytest.raises(ReportInvalid):
+        verify_report(stored(sign_report(report, KEY), tmp_path))
+
+
+# --- signature and spelling --------------------------------------------------------------------------
+
+
+def test_another_signer_is_refused(report: dict[str, Any], tmp_path: Path) -> None:
+    other = Ed25519PrivateKey.generate()
+    path = stored(sign_report(report, other), tmp_path)
+    assert verify_report(path)["signature"]["signer"] == fingerprint(other.public_key())
+    with pytest.raises(ReportInvalid, match="somebody else"):
+        verify_report(path, KEY.public_key())
+
+
+def test_an_unsigned_report_is_refused_where_a_signer_is_expected(
+    report: dict[str, Any], tmp_path: Path
+) -> None:
+    path = stored(report | {"signature": None}, tmp_path)
+    assert verify_report(path)["signature"] is None
+    with pytest.raises(ReportInvalid, match="not signed"):
+        verify_report(path, KEY.public_key())
+
+
+def test_only_one_spelling_is_read(report: dict[str, Any], tmp_path: Path) -> None:
+    text = stored(report, tmp_path).read_text()
+    twice = text.replace('"verdict": {', '"verdict": {"status": "PASS", "reasons": []},\n  "verdict": {')
+    variants = [
+        json.dumps(report),
+        text + " ",
+        twice,
+        text.replace('"noise": "local"', '"noise": "lo\\u0063al"'),
+        text.replace('"port": 9443', '"port": 9443.0'),
+        text.replace('"port": 9443', '"port": NaN'),
+        "[" * 100_000,
+        "",
+        "[]\n",
+        "ü",
+    ]
+    for variant in variants:
+        assert variant != text
+        path = tmp_path / "variant.json"
+        path.write_text(variant, encoding="utf-8")
+        with pytest.raises(ReportInvalid):
+            verify_report(path)
+
+
+def test_impossible_counts_are_refused_before_they_cost_time(
+    report: dict[str, Any], tmp_path: Path
+) -> None:
+    for place in [("owners", 0, "sealed_attempts"), ("subject", "rounds_finished")]:
+        with pytest.raises(ReportInvalid, match="more attempts"):
+            verify_report(stored(sign_report(put(report, place, 2**50), KEY), tmp_path))
+
+
+# --- what owners signed ------------------------------------------------------------------------------
+
+
+def claim_with(statement: Any, **owner_changes: Any) -> dict[str, Any]:
+    """The first owner's claim after its statement was replaced."""
+    fields = evidence_fields()
+    fields["owners"][0] |= {"statement": statement} | owner_changes
+    return dict(build_report(RunEvidence.from_fields(fields), NOW)["claims"][0])
+
+
+def signed_statement(signer: str = OWNERS[0], **changes: Any) -> dict[str, Any]:
+    body = statement_body(plan(), 8, OWNERS[0], **changes)
+    return sign(credentials()[1][signer].signing_key, body).model_dump(mode="json")
+
+
+def test_a_true_statement_agrees() -> None:
+    claim = claim_with(signed_statement())
+    assert (claim["statement"], claim["disagreements"], claim["model_signed"]) == ("valid", [], True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"epsilon": 1.9}, "epsilon"),
+        ({"epsilon": None}, "epsilon"),
+        ({"epsilon": 2.5}, "epsilon"),
+        ({"delta": 1e-6}, "delta"),
+        ({"session": sha("other")}, "session"),
+        ({"plan_hash": sha("other")}, "plan_hash"),
+        ({"sealed_attempts": 7}, "sealed_attempts"),
+        ({"sealed_attempts": 2**50}, "sealed_attempts"),
+    ],
+)
+def test_a_statement_that_says_otherwise_is_named(changes: dict[str, Any], field: str) -> None:
+    assert field in claim_with(signed_statement(**changes))["disagreements"]
+
+
+def test_an_owner_that_says_it_lost_more_is_believed() -> None:
+    # Its sealed update was lost on the way: the coordinator saw seven attempts, the owner paid for eight.
+    claim = claim_with(signed_statement(), sealed_attempts=7)
+    assert (claim["sealed_attempts"], claim["disagreements"]) == (8, [])
+    assert claim["spent"]["epsilon"] == epsilon_after(plan(), 8)
+
+
+def test_an_attempt_that_a_crash_interrupted_counts_as_spent() -> None:
+    crashed = signed_statement(sealed_attempts=7, epsilon=epsilon_after(plan(), 8))
+    assert claim_with(crashed, sealed_attempts=7)["disagreements"] == []
+
+
+def test_a_statement_of_another_key_is_invalid() -> None:
+    claim = claim_with(signed_statement(signer=OWNERS[1]))
+    assert (claim["statement"], claim["stated"], claim["model_signed"]) == ("invalid", None, False)
+
+
+def test_a_foreign_certificate_does_not_match() -> None:
+    other = evidence_fields()["owners"][1]["signing_certificate"]
+    for certificate in (other, b"", b"not a certificate"):
+        claim = claim_with(signed_statement(), signing_certificate=certificate)
+        assert (claim["certificate_matches"], claim["statement"]) == (False, "invalid")
+
+
+def test_another_final_model_is_not_signed() -> None:
+    assert claim_with(signed_statement(model_hash=sha("other")))["model_signed"] is False
+
+
+@pytest.mark.parametrize(
+    "last", [{"sequence": 6, "head": sha("older")}, {"sequence": 7, "head": sha("rewritten")}]
+)
+def test_a_ledger_that_went_back_is_seen(last: dict[str, Any]) -> None:
+    assert claim_with(None, ledger_last=last)["ledger_went_back"] is True
+
+
+def openings_after(change: Any) -> int:
+    fields = evidence_fields()
+    change(fields["rounds"][0])
+    return int(build_report(RunEvidence.from_fields(fields), NOW)["rounds"][0]["agreeing_openings"])
+
+
+def _opening(signer: str, **changes: Any) -> dict[str, Any]:
+    body = opening_body(1, 1, 4).model_copy(update=changes)
+    return sign(credentials()[1][signer].signing_key, body).model_dump(mode="json")
+
+
+def test_openings_are_counted_once_and_only_when_they_agree() -> None:
+    assert openings_after(lambda entry: entry.update(accuracy=None)) == 3
+    assert openings_after(lambda entry: entry.update(openings=[])) == 0
+    assert openings_after(lambda entry: entry.update(openings=entry["openings"][:1] * 3)) == 1
+    assert openings_after(lambda entry: entry.update(sums_hash=sha("another sum"))) == 0
+    assert openings_after(lambda entry: entry["contributors"].pop()) == 0
+    for field in ("session", "headers_hash", "list_hash", "model_hash", "sums_hash"):
+        strange = _opening(OWNERS[2], **{field: sha("other")})
+        assert openings_after(lambda entry, odd=strange: entry["openings"].__setitem__(2, odd)) == 2
+
+
+def test_a_stranger_or_a_forged_signature_does_not_count() -> None:
+    stranger = sign(Ed25519PrivateKey.generate(), opening_body(1, 1, 4)).model_dump(mode="json")
+    forged = _opening(OWNERS[2])
+    forged["signature"] = base64.b64encode(bytes(64)).decode()
+    for bad in (stranger, forged):
+        assert openings_after(lambda entry, odd=bad: entry["openings"].__setitem__(2, odd)) == 2
+
+
+def test_a_certificate_that_ended_during_the_run_is_seen() -> None:
+    fields = evidence_fields()
+    fields["finished_at"] = (NOW + timedelta(days=400)).isoformat()
+    report = build_report(RunEvidence.from_fields(fields), NOW)
+    assert {claim["certificate_covers_run"] for claim in report["claims"]} == {False}
+
+
+# --- evidence ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"surprise": 1},
+        {"state": "perhaps"},
+        {"started_at": "2026-03-02T08:30:00"},
+        {"started_at": "2026-03-02T08:30:00+02:00"},
+        {"started_at": "yesterday"},
+        {"model_hash": "abc"},
+        {"server_has_secret_key": "no"},
+        {"attempts_used": -1},
+    ],
+)
+def test_evidence_of_another_form_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ReportInvalid):
+        RunEvidence.from_fields(evidence_fields() | changes)
+
+
+def test_evidence_has_no_infinity() -> None:
+    fields = evidence_fields()
+    fields["rounds"][0]["seconds"]["fit"] = float("inf")
+    with pytest.raises(ReportInvalid):
+        RunEvidence.from_fields(fields)
+
+
+names = st.text(max_size=6)
+scalars = st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=6)
+trees = st.recursive(
+    scalars | st.lists(scalars, max_size=3),
+    lambda inner: st.dictionaries(names, inner, min_size=1, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(names, trees, max_size=4))
+def test_facts_lead_back_to_the_value(value: dict[str, Any]) -> None:
+    facts = flatten(value)
+    assert unflatten(facts) == value
+    assert facts == sorted(facts, key=lambda fact: fact["pointer"])
+    assert all(fact["pointer"].startswith("/") for fact in facts)
+
+
+def test_a_deployment_with_lists_of_records_keeps_its_facts() -> None:
+    facts = flatten({"steps": [{"step": i} for i in range(12)]})
+    assert flatten(unflatten(facts)) == facts
+
+
+def test_facts_that_contradict_each_other_are_refused() -> None:
+    for pointers in (["/a", "/a"], ["/a", "/a/b"], ["/a/b", "/a"]):
+        with pytest.raises(ReportInvalid):
+            unflatten([{"pointer": pointer, "value": 1} for pointer in pointers])
