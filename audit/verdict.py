@@ -309,7 +309,7 @@ def _tls(report: Report) -> Check:
         f"{'required' if tls['client_certificate_required'] else 'not required'}.",
         failed=failed,
         missing=[],
-        limit="Read from the coordinator's own configuration.",
+        limit="Measured by connecting to the coordinator as a stranger when the run was submitted.",
     )
 
 
