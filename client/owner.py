@@ -87,7 +87,7 @@ class Owner:
         """Return this owner's examples, read once per task description."""
         key = plan.task.model_dump_json()
         if key not in self._examples:
-            self._examples[key] = self.task(plan).read(self.data_file)
+            self._examples[key] = self.task(plan).read_private(self.data_file)
         return self._examples[key]
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -73,7 +73,6 @@ class Exchanger:
         kind: str,
         requests: Mapping[int, Request],
         deadline_s: float,
-        enough: Callable[[], bool] = lambda: False,
     ) -> Iterator[Reply]:
         """Send each node its request and yield replies until all are there or time is up.
 
@@ -81,7 +80,6 @@ class Exchanger:
             kind: Message type, for example ``train.fit``.
             requests: Request by node.
             deadline_s: Longest wait for all replies together.
-            enough: Asked after each reply; True ends the exchange early.
 
         Yields:
             One reply per node that answered, errors included; silent nodes yield nothing.
@@ -89,7 +87,7 @@ class Exchanger:
         waiting = self._push(kind, requests)
         deadline = time.monotonic() + deadline_s
         pause, alive_check = _FIRST_POLL_S, time.monotonic() + _ALIVE_CHECK_S
-        while waiting and time.monotonic() < deadline and not enough():
+        while waiting and time.monotonic() < deadline:
             messages = pull(self._grid, waiting)
             for message in messages:
                 node = waiting.pop(message.metadata.reply_to_message_id, None)

@@ -143,7 +143,7 @@ class RoundRunner:
                 continue
             if online[member.node] != member.activated:
                 member.activated, member.absent, member.known_round = online[member.node], False, 0
-            if not member.absent:
+            if not member.absent and not member.excluded:
                 invited.append(member)
         return invited
 
@@ -253,10 +253,18 @@ class RoundRunner:
                     sums[body.sums_hash] = reply.blob
             agreed = next((k for k, v in answers.items() if len(v) >= self._plan.encryption.quorum), None)
             if agreed is not None:
+                self._set_aside(answers, agreed)
                 attempt.openings = sorted(answers[agreed], key=lambda signed: signed.signer)
                 attempt.sums = sums[agreed[0]]
                 return
         raise QuorumNotMet("no quorum of openers agrees on the sum")
+
+    def _set_aside(self, answers: dict[tuple[str, str], list[Signed]], agreed: tuple[str, str]) -> None:
+        """Record openers that signed another sum than the quorum, and leave them out from now on."""
+        for signed in (one for key, group in answers.items() if key != agreed for one in group):
+            member = self._session.members[signed.signer]
+            member.excluded = True
+            self._store.event("deviating", owner=member.name, opening=signed.model_dump(mode="json"))
 
     def _opener_groups(self, attempt: Attempt) -> Iterable[list[Member]]:
         """Yield the first quorum + 1 openers, rotating by attempt, then the rest one by one."""

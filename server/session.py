@@ -53,6 +53,7 @@ class Member:
         activated: Node activation in which it was last asked; it is skipped once it failed to answer,
             until it comes back.
         absent: Whether it failed to answer since that activation.
+        excluded: Whether it signed a sum that a quorum contradicts; it takes no further part.
         sealed: Attempts that it sealed.
     """
 
@@ -66,6 +67,7 @@ class Member:
     known_round: int = 0
     activated: str = ""
     absent: bool = False
+    excluded: bool = False
     sealed: int = 0
 
 

@@ -21,6 +21,9 @@ class Task(Protocol):
     def read(self, path: Path) -> Examples:
         """Load and check one owner's data file, or raise DataInvalid."""
 
+    def read_private(self, path: Path) -> Examples:
+        """Load an owner's file; rows that do not fit are left out, or raise DataInvalid for its form."""
+
     def check(self, x: NDArray[Any], y: NDArray[Any]) -> Examples:
         """Check raw arrays and preprocess them, each row by itself, or raise DataInvalid."""
 

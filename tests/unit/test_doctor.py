@@ -10,12 +10,13 @@ import shutil
 import socket
 import ssl
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from rich.console import Console
 
@@ -38,7 +39,6 @@ from console.doctor import (
 )
 from console.doctor_home import check_home
 from crypto.certificates import create_authority
-from crypto.pki import load_trust
 from scenarios.federation import Federation, make_federation
 
 NOW = datetime.now(UTC)
@@ -51,13 +51,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     split = np.zeros((4, 8, 8), dtype=np.uint8), np.zeros(4, dtype=np.int64)
     federation = make_federation(tmp_path_factory.mktemp("federation") / "made", [split] * 3)
     owner = federation.owners[0]
-    open_owner(owner.home, owner.passphrase).close()
+    open_owner(owner.folder, owner.passphrase).close()
     return federation
 
 
 @pytest.fixture
 def owner(made: Federation, tmp_path: Path) -> Path:
-    return shutil.copytree(made.owners[0].home, tmp_path / "owner")
+    return shutil.copytree(made.owners[0].folder, tmp_path / "owner")
 
 
 @pytest.fixture
@@ -66,11 +66,11 @@ def coordinator(made: Federation, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def free_port() -> Iterator[int]:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    yield port
+    return port
 
 
 def statuses(findings: Sequence[Finding]) -> dict[str, Status]:
@@ -124,7 +124,7 @@ def test_looking_changes_no_file_of_a_home(owner: Path) -> None:
 
 
 def test_an_owner_who_never_ran_has_no_ledger_made_for_it(made: Federation) -> None:
-    home = made.owners[1].home
+    home = made.owners[1].folder
     assert one(check_home(home, NOW), "ledger").detail == "not begun yet"
     assert not (home / "ledger").exists()
 
@@ -203,6 +203,7 @@ def test_an_occupied_port_fails_and_a_released_one_passes() -> None:
 
 def test_a_port_left_by_a_finished_connection_is_free() -> None:
     with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
@@ -260,34 +261,35 @@ def test_certificates_of_the_future_fail(owner: Path) -> None:
     assert {"signing.crt", "transport.crt", "revocation list"} <= failures(findings)
 
 
-def test_one_expired_certificate_among_valid_ones_is_the_only_failure(tmp_path: Path, owner: Path) -> None:
+def put(identity: Path, **files: x509.Certificate | x509.CertificateRevocationList) -> None:
+    for stem, item in files.items():
+        suffix = "pem" if stem == "crl" else "crt"
+        (identity / f"{stem}.{suffix}").write_bytes(item.public_bytes(Encoding.PEM))
+
+
+def test_one_expired_certificate_among_valid_ones_is_the_only_failure(owner: Path) -> None:
     authority = create_authority("Test CA", 400, NOW - 300 * DAY)
-    fresh, old = (
-        authority.issue_owner("ward-a", 90, NOW),
-        authority.issue_owner("ward-a", 30, NOW - 100 * DAY),
+    old = authority.issue_owner("ward-a", 30, NOW - 100 * DAY)
+    put(
+        owner / "identity",
+        ca=authority.certificate,
+        crl=authority.revocation_list([], 30, NOW),
+        signing=old.signing_certificate,
+        transport=authority.issue_owner("ward-a", 90, NOW).transport_certificate,
     )
-    identity = owner / "identity"
-    for name, item in {
-        "ca.crt": authority.certificate,
-        "crl.pem": authority.revocation_list([], 30, NOW),
-        "signing.crt": old.signing_certificate,
-        "transport.crt": fresh.transport_certificate,
-    }.items():
-        (identity / name).write_bytes(item.public_bytes(Encoding.PEM))
     assert failures(check_home(owner, NOW)) == {"signing.crt"}
 
 
 def test_a_revoked_certificate_fails(owner: Path) -> None:
     authority = create_authority("Test CA", 400, NOW)
     issued = authority.issue_owner("ward-a", 90, NOW)
-    revocations = authority.revocation_list([issued.transport_certificate.serial_number], 30, NOW)
-    for name, item in {
-        "ca.crt": authority.certificate,
-        "crl.pem": revocations,
-        "signing.crt": issued.signing_certificate,
-        "transport.crt": issued.transport_certificate,
-    }.items():
-        (owner / "identity" / name).write_bytes(item.public_bytes(Encoding.PEM))
+    put(
+        owner / "identity",
+        ca=authority.certificate,
+        crl=authority.revocation_list([issued.transport_certificate.serial_number], 30, NOW),
+        signing=issued.signing_certificate,
+        transport=issued.transport_certificate,
+    )
     findings = check_home(owner, NOW)
     assert failures(findings) == {"transport.crt"}
     assert "revoked" in one(findings, "transport.crt").detail
@@ -295,8 +297,7 @@ def test_a_revoked_certificate_fails(owner: Path) -> None:
 
 def test_certificates_of_another_authority_fail(owner: Path) -> None:
     other = create_authority("Test CA", 30, NOW)
-    identity = owner / "identity"
-    (identity / "ca.crt").write_bytes(other.certificate.public_bytes(Encoding.PEM))
+    put(owner / "identity", ca=other.certificate)
     findings = check_home(owner, NOW)
     assert {"signing.crt", "transport.crt", "revocation list"} <= failures(findings)
     assert "not issued by" in one(findings, "signing.crt").detail
@@ -320,7 +321,7 @@ def test_damaged_certificate_files_are_findings(owner: Path, name: str, damage: 
     assert failures(check_home(owner, NOW))
 
 
-def test_a_members_expired_certificate_warns_the_coordinator_only(coordinator: Path) -> None:
+def test_a_members_damaged_certificate_is_a_warning_for_the_coordinator(coordinator: Path) -> None:
     (coordinator / "members" / "owner-2.transport.crt").write_bytes(b"noise")
     finding = one(check_home(coordinator, NOW), "members")
     assert finding.status == "warn"
