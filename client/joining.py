@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -21,12 +22,13 @@ from crypto.agreement import (
     wraps_hash,
 )
 from crypto.bfv import BfvContext
+from crypto.graph import graph_seed
 from crypto.masks import first_chain_key
 from crypto.presets import packing_for
 from crypto.secret import BfvKey, self_test
 from crypto.signing import sign
 from protocol.accounting import require_target
-from protocol.encoding import digest_bytes
+from protocol.encoding import digest, digest_bytes
 from protocol.errors import ModelMismatch, PlanInvalid, ProtocolViolation, RosterRefused
 from protocol.messages import (
     Join,
@@ -58,19 +60,24 @@ def join(owner: Owner, request: JoinRequest) -> Outcome:
         raise ProtocolViolation("this run was joined before; only the same request is answered again")
     model = check_plan(owner, plan)
     owner.ledger.open_run(request.run, plan)
-    hpke_key = HpkeKey.generate()
+    hpke_key, nonce = HpkeKey.generate(), secrets.token_hex(32)
     body = Join(
         version=1,
         run=request.run,
         plan_hash=plan.sha256(),
-        nonce=secrets.token_hex(32),
+        nonce_commitment=digest(nonce),
         hpke_key=hpke_key.public(),
         ledger=owner.ledger.head(),
     )
     certificate = owner.credentials.signing_certificate.public_bytes(Encoding.DER)
     reply = JoinReply(certificate=certificate, join=sign(owner.credentials.signing_key, body))
     state = RunState(
-        run=request.run, plan=plan.fields(), stage="joined", join=reply, hpke_secret=hpke_key.secret()
+        run=request.run,
+        plan=plan.fields(),
+        stage="joined",
+        join=reply,
+        nonce=nonce,
+        hpke_secret=hpke_key.secret(),
     )
     return Outcome(state, reply, model=model)
 
@@ -142,6 +149,7 @@ def _wrap_for_peers(
         run=state.run,
         plan_hash=plan.sha256(),
         roster_hash=roster_hash,
+        nonce=state.nonce,
         wraps_hash=wraps_hash(wrap_digests(seeds, keys)),
         key_commitment=commitment,
     )
@@ -167,6 +175,7 @@ def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
         raise ProtocolViolation("the wraps are not from exactly the roster")
     if any(body.roster_hash != state.roster_hash for body in bodies):
         raise RosterRefused("a member was shown another roster")
+    _check_nonces(state, bodies)
     signed = {message.signer: body for message, body in zip(request.wraps, bodies, strict=True)}
     for sender, body in signed.items():
         _check_digests(owner.fingerprint, sender, body, request)
@@ -178,6 +187,7 @@ def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
     changed = state.with_changes(
         stage="keyed",
         session=signed_hash(request.wraps),
+        graph_seed=graph_seed([body.nonce for body in bodies]),
         chain_keys=chains,
         bfv_key=_dealt_key(owner.fingerprint, state, hpke_key, request, signed),
         hpke_secret=None,
@@ -185,6 +195,12 @@ def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
     )
     confirmation = Session(session=changed.keyed_session())
     return Outcome(changed, KeysReply(session=sign(owner.credentials.signing_key, confirmation)))
+
+
+def _check_nonces(state: RunState, bodies: Sequence[Wraps]) -> None:
+    for reply, body in zip(state.members, bodies, strict=True):
+        if Join.from_fields(reply.join.body).nonce_commitment != digest(body.nonce):
+            raise ProtocolViolation("a member revealed another nonce than it committed to")
 
 
 def _check_digests(own: str, sender: str, body: Wraps, request: KeysRequest) -> None:

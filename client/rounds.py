@@ -19,9 +19,11 @@ from client.state import Outcome, RunState
 from client.training import local_update
 from crypto.agreement import signed_hash
 from crypto.bfv import BfvContext
-from crypto.masks import MaskContext, advance, apply_masks
-from crypto.packing import clipped_share, mean_update, pack, quantize, unpack_sum
+from crypto.graph import neighbours
+from crypto.masks import MaskContext, Masks, advance
+from crypto.packing import clipped_share, mean_update
 from crypto.presets import Packing, packing_for
+from crypto.sealing import open_frames, seal_frames
 from crypto.secret import BfvKey
 from crypto.signing import sign
 from protocol.encoding import digest, digest_bytes
@@ -203,7 +205,9 @@ def seal(owner: Owner, state: RunState, request: SealRequest) -> Outcome:
         model_hash=model_hash,
         plain_modulus=packing.plain_modulus,
     )
-    peers = [message.signer for message in request.ready if message.signer != owner.fingerprint]
+    plan, signers = state.parsed_plan(), [message.signer for message in request.ready]
+    corrupted = plan.cohort.corrupted_share
+    peers = neighbours(owner.fingerprint, signers, str(state.graph_seed), list_hash, corrupted)
     frames = _encrypted(owner, state, pending, context, peers)
     header = Header(
         version=1,
@@ -235,15 +239,13 @@ def _encrypted(
     context: MaskContext,
     peers: Sequence[str],
 ) -> list[bytes]:
-    plan, packing = state.parsed_plan(), _packing(state.parsed_plan())
-    uniforms = SecureStream().uniform(pending.update.size)
-    slots = pack(quantize(pending.update, plan.update_range, packing, uniforms), packing)
-    chains = _ratcheted(state, peers, pending.attempt)
-    masked = apply_masks(slots, owner.fingerprint, chains, context)
-    key = BfvKey.from_residues(BfvContext(packing), bytes(state.bfv_key or b""))
+    plan = state.parsed_plan()
+    masks = Masks(owner.fingerprint, _ratcheted(state, peers, pending.attempt), context)
+    key = BfvKey.from_residues(BfvContext(_packing(plan)), bytes(state.bfv_key or b""))
     clamped = clipped_share(pending.update, plan.update_range)
     _LOG.info("attempt %d sealed with %d peers; share clamped %.4f", pending.attempt, len(peers), clamped)
-    return [key.encrypt(row) for row in masked]
+    uniforms = SecureStream().uniform
+    return list(seal_frames(pending.update, plan.update_range, uniforms, masks, key))
 
 
 def _ratcheted(state: RunState, peers: Iterable[str], attempt: int) -> dict[str, bytes]:
@@ -295,7 +297,7 @@ def open_sum(owner: Owner, state: RunState, request: OpenRequest, blob: bytes) -
         raise ProtocolViolation("a header is for another session, attempt, list, model or preset")
     columns = _checked_columns(context, headers, blob)
     key = BfvKey.from_residues(context, bytes(state.bfv_key or b""))
-    sums = unpack_sum(key.open_sum(columns), parameters, len(headers), packing)
+    sums = open_frames(columns, parameters, key)
     answer = sums.astype("<u4").tobytes()
     body = Opening(
         session=state.keyed_session(),

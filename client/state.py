@@ -43,6 +43,8 @@ class RunState(Message):
         stage: How far joining has come.
         hpke_secret: One-time key; erased when the session stands.
         join: This owner's own join, as sent.
+        nonce: What this owner's join commits to; revealed with the wraps.
+        graph_seed: What all members' nonces make together.
         members: All members of the roster, in order; empty before `rostered`.
         roster_hash: Hash of the roster; a run once bound to a roster refuses another.
         halves: Half seeds that this owner wrapped; erased when the session stands.
@@ -59,6 +61,8 @@ class RunState(Message):
     plan: dict[str, object]
     stage: Literal["joined", "rostered", "keyed", "closed"]
     join: JoinReply
+    nonce: Digest
+    graph_seed: Digest | None = None
     hpke_secret: Blob | None = None
     members: list[JoinReply] = Field(default_factory=list)
     roster_hash: Digest | None = None

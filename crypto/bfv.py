@@ -1,7 +1,7 @@
 """The public side of BFV: frames to ciphertexts, and adding them. No secret key is used here.
 
 A frame is our own fixed-length form of a symmetric ciphertext: the 64-byte public seed of its random
-half, then one residue modulo q per coefficient of the other half, little endian. Bytes of a peer never
+half, then the residues of the other half's coefficients, packed without gaps. Bytes of a peer never
 reach the library's parser as they came: every residue is compared with q, and the library's object is
 built from a skeleton that is made here from the public parameters. `crypto.secret.self_test` compares
 that skeleton with a ciphertext that was really encrypted by the installed library.
@@ -78,6 +78,7 @@ class BfvContext:
         self._evaluator = seal.Evaluator(self.seal)
         self._file = SealFile()
         self._head, self._tail = _skeleton(self.seal, packing)
+        self._residues = packing.preset.poly_modulus_degree * len(packing.preset.coefficient_moduli)
 
     def ciphertext(self, frame: bytes) -> seal.Ciphertext:
         """Build the library's ciphertext from a peer's frame.
@@ -85,35 +86,34 @@ class BfvContext:
         Raises:
             FrameInvalid: Wrong length, or a residue that is not below q.
         """
-        words = self.residues(frame[SEED_BYTES:]) if len(frame) == self.packing.frame_bytes else None
-        if words is None:
+        if len(frame) != self.packing.frame_bytes:
             raise FrameInvalid(f"a frame must have {self.packing.frame_bytes} bytes")
-        body = self._head + words.tobytes() + self._tail + frame[:SEED_BYTES]
+        words = self.residues(frame[SEED_BYTES:])
+        body = self._head + words.astype("<u8").tobytes() + self._tail + frame[:SEED_BYTES]
         self._file.write(serialized(body))
         ciphertext = seal.Ciphertext()
         ciphertext.load(self.seal, self._file.path)
         return ciphertext
 
     def residues(self, data: bytes) -> NDArray[np.uint64]:
-        """Parse fixed-width residues modulo q, uint64 (slots,).
+        """Parse packed residues of one polynomial, uint64 (primes * degree,), prime by prime.
 
         Raises:
-            FrameInvalid: Wrong length, or a residue that is not below q.
+            FrameInvalid: Wrong length, or a residue that is not below its prime.
         """
-        degree, width = self.packing.preset.poly_modulus_degree, self.packing.residue_bytes
-        if len(data) != degree * width:
-            raise FrameInvalid(f"residues must have {degree * width} bytes")
-        wide = np.zeros((degree, 8), dtype=np.uint8)
-        wide[:, :width] = np.frombuffer(data, dtype=np.uint8).reshape(degree, width)
-        words = wide.view("<u8").reshape(degree)
-        if np.any(words >= self.packing.preset.coefficient_modulus):
-            raise FrameInvalid("a residue is not below the modulus")
-        return words.astype(np.uint64)
+        preset = self.packing.preset
+        if len(data) != self.packing.residues_bytes:
+            raise FrameInvalid(f"residues must have {self.packing.residues_bytes} bytes")
+        words = unpack_bits(data, preset.residue_bits)
+        rows = words.reshape(len(preset.coefficient_moduli), preset.poly_modulus_degree)
+        limits = np.array(preset.coefficient_moduli, dtype=np.uint64)
+        if np.any(rows >= limits[:, None]):
+            raise FrameInvalid("a residue is not below its modulus")
+        return words
 
     def residue_bytes(self, words: NDArray[np.uint64]) -> bytes:
-        """Return fixed-width little-endian bytes of residues; inverse of `residues`."""
-        wide = words.astype("<u8").view(np.uint8).reshape(words.size, 8)
-        return np.ascontiguousarray(wide[:, : self.packing.residue_bytes]).tobytes()
+        """Return residues packed without gaps; inverse of `residues`."""
+        return pack_bits(words, self.packing.preset.residue_bits)
 
     def frame(self, body: bytes) -> bytes:
         """Return the frame of a ciphertext that this process encrypted.
@@ -121,11 +121,11 @@ class BfvContext:
         Args:
             body: SEAL's uncompressed form of a seeded ciphertext, without its outer header.
         """
-        degree = self.packing.preset.poly_modulus_degree
-        expected = len(self._head) + 8 * degree + len(self._tail) + SEED_BYTES
+        count = self._residues
+        expected = len(self._head) + 8 * count + len(self._tail) + SEED_BYTES
         if len(body) != expected or not body.startswith(self._head):
             raise EncryptionUnavailable("SEAL's ciphertext does not have the expected layout")
-        words = np.frombuffer(body, dtype="<u8", count=degree, offset=len(self._head))
+        words = np.frombuffer(body, dtype="<u8", count=count, offset=len(self._head))
         return body[-SEED_BYTES:] + self.residue_bytes(words.astype(np.uint64))
 
     def split(self, blob: bytes, frames: int) -> list[bytes]:
@@ -148,6 +148,34 @@ class BfvContext:
         return total
 
 
+def pack_bits(words: NDArray[np.uint64], bits: int) -> bytes:
+    """Write integers of `bits` bits each, little endian and without gaps.
+
+    Args:
+        words: uint64 (n,), each below ``2**bits``; ``n * bits`` must be a multiple of 8.
+        bits: 1 to 64.
+    """
+    wide = np.ascontiguousarray(words, dtype="<u8").view(np.uint8).reshape(words.size, 8)
+    if bits % 8 == 0:
+        return np.ascontiguousarray(wide[:, : bits // 8]).tobytes()
+    low = np.unpackbits(wide, axis=1, bitorder="little")[:, :bits]
+    return np.packbits(low.reshape(-1), bitorder="little").tobytes()
+
+
+def unpack_bits(data: bytes, bits: int) -> NDArray[np.uint64]:
+    """Read integers of `bits` bits each; inverse of `pack_bits`."""
+    count = len(data) * 8 // bits
+    if bits % 8 == 0:
+        wide = np.zeros((count, 8), dtype=np.uint8)
+        wide[:, : bits // 8] = np.frombuffer(data, dtype=np.uint8).reshape(count, bits // 8)
+    else:
+        flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits, bitorder="little")
+        padded = np.zeros((count, 64), dtype=np.uint8)
+        padded[:, :bits] = flat.reshape(count, bits)
+        wide = np.packbits(padded, axis=1, bitorder="little")
+    return wide.view("<u8").reshape(count).astype(np.uint64)
+
+
 def serialized(body: bytes) -> bytes:
     """Put SEAL's 16-byte header for uncompressed data before `body`."""
     header = struct.pack("<HBBBBHQ", _SEAL_MAGIC, 16, *_SEAL_VERSION, _NO_COMPRESSION, 0, 16 + len(body))
@@ -158,7 +186,7 @@ def _build_context(packing: Packing) -> seal.SEALContext:
     preset = packing.preset
     parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.BFV)
     parameters.set_poly_modulus_degree(preset.poly_modulus_degree)
-    bits = [preset.coefficient_modulus.bit_length()]
+    bits = [modulus.bit_length() for modulus in preset.coefficient_moduli]
     parameters.set_coeff_modulus(seal.CoeffModulus.Create(preset.poly_modulus_degree, bits))
     parameters.set_plain_modulus(
         seal.PlainModulus.Batching(preset.poly_modulus_degree, packing.plain_modulus.bit_length())
@@ -168,8 +196,8 @@ def _build_context(packing: Packing) -> seal.SEALContext:
     if not context.parameters_set():
         raise EncryptionUnavailable("SEAL refuses the parameters at the required security level")
     built = context.first_context_data().parms()
-    moduli = [modulus.value() for modulus in built.coeff_modulus()]
-    if moduli != [preset.coefficient_modulus] or built.plain_modulus().value() != packing.plain_modulus:
+    moduli = tuple(modulus.value() for modulus in built.coeff_modulus())
+    if moduli != preset.coefficient_moduli or built.plain_modulus().value() != packing.plain_modulus:
         raise EncryptionUnavailable("SEAL builds other moduli than the preset names")
     return context
 
@@ -177,11 +205,11 @@ def _build_context(packing: Packing) -> seal.SEALContext:
 def _skeleton(context: seal.SEALContext, packing: Packing) -> tuple[bytes, bytes]:
     """Return the bytes of SEAL's seeded ciphertext before its residues and before its seed."""
     degree = packing.preset.poly_modulus_degree
-    polynomials, primes, scale, correction = 2, 1, 1.0, 1
+    polynomials, primes, scale, correction = 2, len(packing.preset.coefficient_moduli), 1.0, 1
     fixed = struct.pack("<4Q", *context.first_parms_id())
     fixed += struct.pack("<BQQQdQ", 0, polynomials, degree, primes, scale, correction)
-    data = struct.pack("<Q", degree)
-    head = fixed + serialized(data + bytes(8 * degree))[: 16 + len(data)]
+    data = struct.pack("<Q", degree * primes)
+    head = fixed + serialized(data + bytes(8 * degree * primes))[: 16 + len(data)]
     generator = struct.pack("<B", _BLAKE2XB) + bytes(SEED_BYTES)
     tail = serialized(generator)[: 16 + 1]
     return head, tail

@@ -63,31 +63,67 @@ def advance(chain_key: bytes, steps: int) -> bytes:
     return chain_key
 
 
-def mask_stream(chain_key: bytes, context: MaskContext, count: int) -> NDArray[np.uint64]:
-    """Return `count` integers, each exactly uniform in [0, t).
+class MaskStream:
+    """The integers that two owners share for one context, each exactly uniform in [0, t).
 
     AES-256-CTR under an HKDF-SHA256 key gives 8-byte little-endian words; a word keeps its lowest
-    ``ceil(log2 t)`` bits and is skipped when the result is not below t.
+    ``ceil(log2 t)`` bits and is skipped when the result is not below t. The integers do not depend on
+    how many are taken at a time.
 
     Args:
         chain_key: The pair's chain key of this attempt, 32 bytes.
         context: What the stream is bound to.
-        count: Number of integers.
-
-    Returns:
-        uint64 (count,).
     """
-    key = HKDF(hashes.SHA256(), KEY_BYTES, salt=None, info=context.info()).derive(chain_key)
-    keystream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-    keep = np.uint64((1 << (context.plain_modulus - 1).bit_length()) - 1)
-    taken: list[NDArray[np.uint64]] = []
-    missing = count
-    while missing > 0:
-        words = np.frombuffer(keystream.update(bytes(8 * (missing + 16))), dtype="<u8") & keep
-        accepted = words[words < context.plain_modulus][:missing].astype(np.uint64)
-        taken.append(accepted)
-        missing -= accepted.size
-    return np.concatenate(taken) if taken else np.zeros(0, dtype=np.uint64)
+
+    def __init__(self, chain_key: bytes, context: MaskContext) -> None:
+        key = HKDF(hashes.SHA256(), KEY_BYTES, salt=None, info=context.info()).derive(chain_key)
+        self._keystream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._modulus = context.plain_modulus
+        self._keep = np.uint64((1 << (context.plain_modulus - 1).bit_length()) - 1)
+        self._ready = np.zeros(0, dtype=np.uint64)
+
+    def take(self, count: int) -> NDArray[np.uint64]:
+        """Return the next `count` integers, uint64 (count,)."""
+        while self._ready.size < count:
+            data = self._keystream.update(bytes(8 * (count - self._ready.size + 16)))
+            words = np.frombuffer(data, dtype="<u8") & self._keep
+            self._ready = np.concatenate([self._ready, words[words < self._modulus].astype(np.uint64)])
+        taken, self._ready = self._ready[:count], self._ready[count:]
+        return taken
+
+
+def mask_stream(chain_key: bytes, context: MaskContext, count: int) -> NDArray[np.uint64]:
+    """Return the first `count` integers of a `MaskStream`."""
+    return MaskStream(chain_key, context).take(count)
+
+
+class Masks:
+    """One owner's masks for one round's list, given out frame by frame.
+
+    Args:
+        own: This owner's fingerprint.
+        chain_keys: Chain key of this attempt for every peer that this owner masks with.
+        context: What the streams are bound to.
+    """
+
+    def __init__(self, own: str, chain_keys: Mapping[str, bytes], context: MaskContext) -> None:
+        self._modulus = np.uint64(context.plain_modulus)
+        self._streams = [(own < peer, MaskStream(key, context)) for peer, key in chain_keys.items()]
+
+    def apply(self, slots: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Mask the next slots: plus where this owner's fingerprint is lower, minus where it is higher.
+
+        Args:
+            slots: uint64 (n,), each below t. Check slots and padding are masked like all others.
+
+        Returns:
+            uint64 (n,), each below t.
+        """
+        masked = slots
+        for adds, stream in self._streams:
+            mask = stream.take(slots.size)
+            masked = (masked + (mask if adds else self._modulus - mask)) % self._modulus
+        return masked
 
 
 def apply_masks(
@@ -96,20 +132,5 @@ def apply_masks(
     chain_keys: Mapping[str, bytes],
     context: MaskContext,
 ) -> NDArray[np.uint64]:
-    """Add this owner's masks for one round's list.
-
-    Args:
-        slots: uint64 (frames, slots), each below t.
-        own: This owner's fingerprint.
-        chain_keys: Chain key of this attempt for every *other* owner of the list, by fingerprint.
-        context: What the streams are bound to.
-
-    Returns:
-        uint64 (frames, slots), each below t. All slots are masked, padding and check slots included.
-    """
-    modulus = np.uint64(context.plain_modulus)
-    masked = slots.reshape(-1).copy()
-    for peer, chain_key in chain_keys.items():
-        stream = mask_stream(chain_key, context, masked.size)
-        masked = (masked + (stream if own < peer else modulus - stream)) % modulus
-    return masked.reshape(slots.shape)
+    """Mask all frames of an update at once, uint64 (frames, slots); see `Masks`."""
+    return Masks(own, chain_keys, context).apply(slots.reshape(-1)).reshape(slots.shape)

@@ -60,13 +60,18 @@ def pack(values: Integers, packing: Packing) -> Integers:
     Returns:
         uint64 (frames, slots), each entry below the plain modulus.
     """
-    frames = packing.frames_for(values.size)
+    size = packing.values_per_frame
+    starts = range(0, packing.frames_for(values.size) * size, size)
+    return np.stack([pack_frame(values[start : start + size], packing) for start in starts])
+
+
+def pack_frame(values: Integers, packing: Packing) -> Integers:
+    """Lay the values of one frame into its slots, uint64 (slots,); missing values are zero."""
     slots, fields = packing.preset.poly_modulus_degree, packing.preset.values_per_slot
-    padded = np.zeros(frames * packing.values_per_frame, dtype=np.uint64)
+    padded = np.zeros(packing.values_per_frame, dtype=np.uint64)
     padded[: values.size] = values
-    grid = padded.reshape(frames, fields, slots - CHECK_SLOTS)
-    packed = np.ones((frames, slots), dtype=np.uint64)
-    packed[:, :-CHECK_SLOTS] = _join_fields(grid, packing.radix)
+    packed = np.ones(slots, dtype=np.uint64)
+    packed[:-CHECK_SLOTS] = _join_fields(padded.reshape(fields, slots - CHECK_SLOTS), packing.radix)
     return packed
 
 
@@ -104,9 +109,9 @@ def unpack_sum(packed: Integers, parameters: int, contributors: int, packing: Pa
 
 
 def _join_fields(grid: Integers, radix: int) -> Integers:
-    packed = grid[:, -1, :].copy()
-    for field in range(grid.shape[1] - 2, -1, -1):
-        packed = packed * np.uint64(radix) + grid[:, field, :]
+    packed: Integers = grid[-1].copy()
+    for field in range(len(grid) - 2, -1, -1):
+        packed = packed * np.uint64(radix) + grid[field]
     return packed
 
 

@@ -1,12 +1,13 @@
 """Parameter sets of the homomorphic encryption, and the proof that a sum fits into them.
 
-All presets are BFV over one small ciphertext modulus, because nothing but addition is needed. The
+All presets are BFV over a small ciphertext modulus, because nothing but addition is needed. The
 arithmetic here is plain Python integers, so that a plan can be checked without the encryption library;
 `crypto.bfv` asserts that the library builds exactly these moduli.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,7 +24,16 @@ encoding rounds by at most 1/2."""
 SEED_BYTES: Final = 64
 """Public seed from which half of a symmetric ciphertext is expanded."""
 
-PLAIN_MODULI: Final = {47: 140737488273409, 44: 17592186028033, 42: 4398046486529}
+PLAIN_MODULI: Final = {
+    53: 9007199254429697,
+    51: 2251799813554177,
+    50: 1125899906826241,
+    48: 281474976694273,
+    47: 140737488273409,
+    46: 70368743669761,
+    44: 17592186028033,
+    42: 4398046486529,
+}
 """Largest primes congruent to 1 modulo 8192 of a given bit length, as SEAL chooses them."""
 
 
@@ -34,7 +44,7 @@ class Preset:
     Attributes:
         name: Name in the plan.
         poly_modulus_degree: Ring dimension, also the number of slots of a frame.
-        coefficient_modulus: Ciphertext modulus q, a prime.
+        coefficient_moduli: Primes whose product is the ciphertext modulus q.
         values_per_slot: Quantized values that share one slot as digits of a radix.
         plain_bits: (largest cohort, bits of the plain modulus t), in ascending order of cohort.
         security_bits: Security class that SEAL's table gives for this q; asserted at start.
@@ -42,15 +52,31 @@ class Preset:
 
     name: str
     poly_modulus_degree: int
-    coefficient_modulus: int
+    coefficient_moduli: tuple[int, ...]
     values_per_slot: int
     plain_bits: tuple[tuple[int, int], ...]
     security_bits: int
 
+    @property
+    def coefficient_modulus(self) -> int:
+        """The ciphertext modulus q."""
+        return math.prod(self.coefficient_moduli)
+
+    @property
+    def residue_bits(self) -> int:
+        """Bits of one residue in a frame; all primes of a preset have the same length."""
+        return self.coefficient_moduli[0].bit_length()
+
+
+_Q56, _Q60 = (72057594037641217,), (1152921504606830593,)
+_Q62 = (2147352577, 2147377153)
+_SMALL_T = ((8, 47), (64, 44), (256, 42))
 
 PRESETS: Final = {
-    "exact16": Preset("exact16", 4096, 72057594037641217, 2, ((8, 47), (64, 44), (256, 42)), 256),
-    "compact": Preset("compact", 4096, 72057594037641217, 3, ((8, 47), (64, 44), (256, 42)), 256),
+    "exact16": Preset("exact16", 4096, _Q56, 2, _SMALL_T, 256),
+    "compact": Preset("compact", 4096, _Q56, 3, _SMALL_T, 256),
+    "fine": Preset("fine", 4096, _Q60, 2, ((8, 51), (64, 48), (256, 46)), 192),
+    "wide": Preset("wide", 4096, _Q62, 2, ((8, 53), (64, 50), (256, 48), (1024, 46)), 192),
 }
 
 
@@ -78,14 +104,15 @@ class Packing:
         return (self.preset.poly_modulus_degree - CHECK_SLOTS) * self.preset.values_per_slot
 
     @property
-    def residue_bytes(self) -> int:
-        """Bytes of one residue modulo q in a frame."""
-        return -(-self.preset.coefficient_modulus.bit_length() // 8)
+    def residues_bytes(self) -> int:
+        """Bytes of all residues of one polynomial, packed without gaps."""
+        count = self.preset.poly_modulus_degree * len(self.preset.coefficient_moduli)
+        return count * self.preset.residue_bits // 8
 
     @property
     def frame_bytes(self) -> int:
         """Exact length of one frame in bytes."""
-        return SEED_BYTES + self.preset.poly_modulus_degree * self.residue_bytes
+        return SEED_BYTES + self.residues_bytes
 
     def frames_for(self, parameters: int) -> int:
         """Return the number of frames for `parameters` values."""
@@ -97,7 +124,7 @@ class Packing:
             {
                 "preset": self.preset.name,
                 "poly_modulus_degree": self.preset.poly_modulus_degree,
-                "coefficient_modulus": str(self.preset.coefficient_modulus),
+                "coefficient_moduli": [str(q) for q in self.preset.coefficient_moduli],
                 "plain_modulus": str(self.plain_modulus),
                 "values_per_slot": self.preset.values_per_slot,
                 "half_levels": self.half_levels,

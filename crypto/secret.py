@@ -66,7 +66,9 @@ class BfvKey:
         """Return the key as fixed-width residues. Only for wrapping to the session's owners."""
         self._key.save(self._file.path)
         body = self._uncompressed()
-        words = np.frombuffer(body, dtype="<u8")[-self.context.packing.preset.poly_modulus_degree :]
+        preset = self.context.packing.preset
+        count = preset.poly_modulus_degree * len(preset.coefficient_moduli)
+        words = np.frombuffer(body[-8 * count :], dtype="<u8")
         self._file.write(b"")
         return self.context.residue_bytes(words.astype(np.uint64))
 

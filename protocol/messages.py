@@ -88,13 +88,13 @@ class JoinRequest(Message):
 
 
 class Join(Body):
-    """An owner's consent to one plan for one run, with its one-time key."""
+    """An owner's consent to one plan for one run, with its one-time key and a commitment to a nonce."""
 
     KIND = "join"
     version: Literal[1]
     run: Digest
     plan_hash: Digest
-    nonce: Digest
+    nonce_commitment: Digest
     hpke_key: Blob
     ledger: LedgerHead
 
@@ -114,12 +114,13 @@ class RosterRequest(Message):
 
 
 class Wraps(Body):
-    """What an owner wrapped for its peers; the dealer also commits to the encryption key."""
+    """What an owner wrapped for its peers, and its nonce; the dealer also commits to the encryption key."""
 
     KIND = "wraps"
     run: Digest
     plan_hash: Digest
     roster_hash: Digest
+    nonce: Digest
     wraps_hash: Digest
     key_commitment: Digest | None
 

@@ -74,6 +74,12 @@ class CohortSection(Section):
 
     minimum: int = Field(ge=1, le=1024, description="Fewest owners that a round may have.")
     maximum: int = Field(ge=1, le=1024, description="Most owners; encryption capacity is proved for it.")
+    corrupted_share: float = Field(
+        default=1 / 3,
+        gt=0,
+        lt=1,
+        description="Share of a list that may collude; decides how many peers an owner masks with.",
+    )
     allow_small: bool = Field(
         default=False,
         description="Accept a minimum below 3. With two owners each sees the other's exact update.",
@@ -151,7 +157,7 @@ class PrivacySection(Section):
 class EncryptionSection(Section):
     """Homomorphic encryption of the updates."""
 
-    preset: Literal["exact16", "compact"] = Field(
+    preset: Literal["exact16", "compact", "fine", "wide"] = Field(
         default="exact16", description="Parameter set; see docs/encryption.md."
     )
     quorum: int = Field(default=2, ge=1, le=1024, description="Owners whose opened sums must agree.")

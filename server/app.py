@@ -72,7 +72,9 @@ def run_plan(
 
 def secret_modules() -> list[str]:
     """Return the modules of this process that could use a secret encryption key; it must be none."""
-    return sorted(name for name in sys.modules if name in ("crypto.secret", "client.rounds"))
+    return sorted(
+        name for name in sys.modules if name in ("crypto.secret", "crypto.sealing", "client.rounds")
+    )
 
 
 def open_run_folder(name: str) -> RunStore:

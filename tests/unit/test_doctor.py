@@ -6,10 +6,12 @@ import ast
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
 import sys
+import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -152,8 +154,6 @@ def test_packages_that_are_not_pinned_or_not_listed_fail(wrong: list[str]) -> No
 
 
 def test_what_pyproject_pins_is_what_is_installed() -> None:
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     finding = check_packages(project["dependencies"])
     assert finding.status == "ok", finding.detail
@@ -426,3 +426,22 @@ def test_a_terminal_without_unicode_gets_plain_marks() -> None:
         )
         out.flush()
         assert raw.getvalue().split()[:2] == [b"x", b"port"]
+
+
+# --- the pinned set ----------------------------------------------------------------------------------
+
+
+def test_every_direct_dependency_is_constrained_and_documented() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    constraints = (ROOT / "constraints.txt").read_text().lower().replace("_", "-").splitlines()
+    documented = (ROOT / "docs" / "dependencies.md").read_text()
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        name, version = requirement.split("==")
+        assert f"{name.lower().replace('_', '-')}=={version}" in constraints
+        assert f"| {name.replace('_', '-')} | {version} |" in documented
+
+
+def test_constraints_are_exact_and_without_local_builds() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line) for line in lines)
+    assert lines == sorted(lines, key=lambda line: line.upper().encode())

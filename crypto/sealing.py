@@ -1,0 +1,69 @@
+"""From an update to its frames, and from all owners' frames to the sum: one frame at a time.
+
+Besides the frames themselves, memory does not grow with the model: each frame is quantized, packed,
+masked and encrypted before the next one is touched. For owners only; the coordinator never loads this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crypto.masks import Masks
+from crypto.packing import pack_frame, quantize, unpack_sum
+from crypto.secret import BfvKey
+
+Uniforms = Callable[[int], NDArray[np.float64]]
+
+
+def seal_frames(
+    update: NDArray[np.float64],
+    update_range: float,
+    uniforms: Uniforms,
+    masks: Masks,
+    key: BfvKey,
+) -> Iterator[bytes]:
+    """Yield the encrypted frames of an update.
+
+    Args:
+        update: float64 (n,), finite.
+        update_range: Public range R of one value.
+        uniforms: Gives the next random numbers in [0, 1) of a secure stream; they decide the rounding.
+        masks: This owner's masks for exactly the list that the frames are sealed for.
+        key: The session's key.
+
+    Yields:
+        One frame of `Packing.frame_bytes` bytes per `Packing.values_per_frame` values.
+    """
+    packing = key.context.packing
+    for start in range(0, update.size, packing.values_per_frame):
+        part = update[start : start + packing.values_per_frame]
+        values = quantize(part, update_range, packing, uniforms(part.size))
+        yield key.encrypt(masks.apply(pack_frame(values, packing)))
+
+
+def open_frames(columns: Sequence[Sequence[bytes]], parameters: int, key: BfvKey) -> NDArray[np.uint64]:
+    """Add all owners' frames, decrypt the sums, and return the integers.
+
+    Args:
+        columns: For each frame position, that frame of every contributor.
+        parameters: Values of an update.
+        key: The session's key. Only sums that this function added are decrypted.
+
+    Returns:
+        uint64 (parameters,).
+
+    Raises:
+        FrameInvalid: A frame is malformed.
+        OpeningRefused: A sum does not open to what these contributors can have sealed.
+    """
+    packing = key.context.packing
+    opened = np.zeros(parameters, dtype=np.uint64)
+    for index, frames in enumerate(columns):
+        start = index * packing.values_per_frame
+        count = min(packing.values_per_frame, parameters - start)
+        slots = key.open_sum([frames])
+        opened[start : start + count] = unpack_sum(slots, count, len(frames), packing)
+    return opened
