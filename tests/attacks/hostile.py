@@ -322,5 +322,7 @@ def _protected(run: HostileRun, index: int) -> Any:
 
 
 def _charged(owner: Owner, run: str) -> int:
-    entry = owner.ledger._spending.runs.get(run)
-    return 0 if entry is None else entry.charged()
+    if owner.store.find(run) is None:
+        return 0
+    spent = owner.ledger.spent(run)
+    return spent.sealed + spent.reserved
