@@ -108,7 +108,9 @@ def show_run(
             conclusion = conclude(
                 store, home, key, target, lambda text: progress.show("step", {"text": text})
             )
-            console.print(f"report: {conclusion.verdict['status']}  {conclusion.report_html}", soft_wrap=True)
+            console.print(
+                f"report: {conclusion.verdict['status']}  {conclusion.report_html}", soft_wrap=True
+            )
             if conclusion.package is not None:
                 console.print(f"package: {conclusion.package}", soft_wrap=True)
 

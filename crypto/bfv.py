@@ -45,10 +45,10 @@ class SealFile:
         """Return the whole content."""
         return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         """Replace the content."""
-        os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, data, 0)
+        os.ftruncate(self._descriptor, len(data))
 
     def close(self) -> None:
         """Free the memory."""
@@ -79,6 +79,11 @@ class BfvContext:
         self._file = SealFile()
         self._head, self._tail = _skeleton(self.seal, packing)
         self._residues = packing.preset.poly_modulus_degree * len(packing.preset.coefficient_moduli)
+        self._limits = np.array(packing.preset.coefficient_moduli, dtype=np.uint64)[:, None]
+        body = self._head + bytes(8 * self._residues) + self._tail + bytes(SEED_BYTES)
+        self._blob = bytearray(serialized(body))
+        start = len(self._blob) - len(body) + len(self._head)
+        self._blob_words = np.frombuffer(self._blob, dtype="<u8", count=self._residues, offset=start)
 
     def ciphertext(self, frame: bytes) -> seal.Ciphertext:
         """Build the library's ciphertext from a peer's frame.
@@ -89,8 +94,10 @@ class BfvContext:
         if len(frame) != self.packing.frame_bytes:
             raise FrameInvalid(f"a frame must have {self.packing.frame_bytes} bytes")
         words = self.residues(frame[SEED_BYTES:])
-        body = self._head + words.astype("<u8").tobytes() + self._tail + frame[:SEED_BYTES]
-        self._file.write(serialized(body))
+        # the blob's fixed parts never change, so only residues and seed are written into it
+        self._blob_words[:] = words
+        self._blob[-SEED_BYTES:] = frame[:SEED_BYTES]
+        self._file.write(self._blob)
         ciphertext = seal.Ciphertext()
         ciphertext.load(self.seal, self._file.path)
         return ciphertext
@@ -106,8 +113,7 @@ class BfvContext:
             raise FrameInvalid(f"residues must have {self.packing.residues_bytes} bytes")
         words = unpack_bits(data, preset.residue_bits)
         rows = words.reshape(len(preset.coefficient_moduli), preset.poly_modulus_degree)
-        limits = np.array(preset.coefficient_moduli, dtype=np.uint64)
-        if np.any(rows >= limits[:, None]):
+        if bool((rows >= self._limits).any()):
             raise FrameInvalid("a residue is not below its modulus")
         return words
 
@@ -126,7 +132,7 @@ class BfvContext:
         if len(body) != expected or not body.startswith(self._head):
             raise EncryptionUnavailable("SEAL's ciphertext does not have the expected layout")
         words = np.frombuffer(body, dtype="<u8", count=count, offset=len(self._head))
-        return body[-SEED_BYTES:] + self.residue_bytes(words.astype(np.uint64))
+        return body[-SEED_BYTES:] + self.residue_bytes(words.astype(np.uint64, copy=False))
 
     def split(self, blob: bytes, frames: int) -> list[bytes]:
         """Cut a blob into frames.
@@ -173,7 +179,7 @@ def unpack_bits(data: bytes, bits: int) -> NDArray[np.uint64]:
         padded = np.zeros((count, 64), dtype=np.uint8)
         padded[:, :bits] = flat.reshape(count, bits)
         wide = np.packbits(padded, axis=1, bitorder="little")
-    return wide.view("<u8").reshape(count).astype(np.uint64)
+    return wide.view("<u8").reshape(count).astype(np.uint64, copy=False)
 
 
 def serialized(body: bytes) -> bytes:

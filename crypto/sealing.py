@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from crypto.masks import Masks
 from crypto.packing import pack_frame, quantize, unpack_sum
 from crypto.secret import BfvKey
+from protocol.errors import OpeningRefused
 
 Uniforms = Callable[[int], NDArray[np.float64]]
 
@@ -60,6 +61,8 @@ def open_frames(columns: Sequence[Sequence[bytes]], parameters: int, key: BfvKey
         OpeningRefused: A sum does not open to what these contributors can have sealed.
     """
     packing = key.context.packing
+    if len(columns) != packing.frames_for(parameters):
+        raise OpeningRefused("the number of frames does not fit the number of parameters")
     opened = np.zeros(parameters, dtype=np.uint64)
     for index, frames in enumerate(columns):
         start = index * packing.values_per_frame

@@ -249,7 +249,7 @@ class HostileRun:
 
     # --- an owner that the attacker bought ---------------------------------------------------------
 
-    def forged(self, index: int, header: Signed, frames: Sequence[bytes], **changes: Any) -> Sealed:
+    def forged(self, index: int, header: Signed, frames: Sequence[bytes], /, **changes: Any) -> Sealed:
         """Let a bought owner sign other frames, or a header with other fields."""
         body = Header.from_fields(header.body)
         fields = {"frames_hash": digest([digest_bytes(frame) for frame in frames]), **changes}

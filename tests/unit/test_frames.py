@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 import crypto.bfv
 from crypto.bfv import BfvContext, pack_bits, unpack_bits
-from crypto.masks import MaskContext, apply_masks
-from crypto.packing import pack, unpack_sum
+from crypto.masks import MaskContext, Masks, apply_masks
+from crypto.packing import mean_update, pack, unpack_sum
 from crypto.presets import PRESETS, SEED_BYTES, Packing, packing_for
+from crypto.sealing import open_frames, seal_frames
 from crypto.secret import BfvKey, self_test
 from protocol.errors import EncryptionUnavailable, FrameInvalid, OpeningRefused
 
@@ -112,6 +113,27 @@ def test_masked_updates_open_to_the_sum_for_the_whole_list_only(context: BfvCont
     for some in (frames[:1], frames[:2], frames[1:], [*frames, frames[0]]):
         with pytest.raises(OpeningRefused):
             unpack_sum(key.open_sum([some]), 5000, len(some), packing)
+
+
+def test_a_sealed_update_opens_to_its_sum_frame_by_frame() -> None:
+    """Three owners, three frames each; a lost, a repeated or a moved frame is refused."""
+    context = context_for("exact16", 3)
+    key, packing, rng = BfvKey.generate(context), context.packing, np.random.default_rng(5)
+    size, owners = 2 * packing.values_per_frame + 7, ["a", "b", "c"]
+    bound_to = MaskContext("s", 1, "train", "l", "m", packing.plain_modulus)
+    updates = [rng.uniform(-1, 1, size) for _ in owners]
+    rows = []
+    for owner, update in zip(owners, updates, strict=True):
+        chains = {peer: bytes([ord(owner) ^ ord(peer)] * 32) for peer in owners if peer != owner}
+        masks = Masks(owner, chains, bound_to)
+        rows.append(list(seal_frames(update, 1.0, rng.random, masks, key)))
+    columns = list(zip(*rows, strict=True))
+    mean = mean_update(open_frames(columns, size, key), 3, 1.0, packing)
+    assert np.abs(mean - np.mean(updates, axis=0)).max() <= 1.0 / packing.half_levels
+    moved = [(rows[0][1], rows[1][0], rows[2][0]), *columns[1:]]
+    for wrong in ([], columns[:2], [*columns, columns[0]], columns[::-1], moved):
+        with pytest.raises(OpeningRefused):
+            open_frames(wrong, size, key)
 
 
 def test_a_frame_of_another_length_is_refused(context: BfvContext, key: BfvKey) -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crypto.masks import MaskContext, advance, apply_masks, first_chain_key, mask_stream
+from crypto.masks import (
+    Masks,
+    MaskContext,
+    MaskStream,
+    advance,
+    apply_masks,
+    first_chain_key,
+    mask_stream,
+)
 from crypto.presets import PLAIN_MODULI
 
 T = PLAIN_MODULI[47]
@@ -58,6 +66,21 @@ def test_a_stream_is_the_same_for_both_sides_and_has_prefixes() -> None:
     assert np.array_equal(long, mask_stream(KEY, CONTEXT, 10_000))
     for count in (0, 1, 17, 9_999):
         assert np.array_equal(mask_stream(KEY, CONTEXT, count), long[:count])
+
+
+@pytest.mark.parametrize("modulus", [5, 2**20 + 7, T])
+def test_a_stream_does_not_depend_on_how_it_is_taken(modulus: int) -> None:
+    whole = mask_stream(KEY, small(modulus), 3000)
+    for sizes in ([1] * 3000, [0, 1, 2999], [1000, 0, 1000, 1000], [17] * 176 + [8]):
+        stream = MaskStream(KEY, small(modulus))
+        assert np.array_equal(np.concatenate([stream.take(size) for size in sizes]), whole)
+
+
+def test_frame_by_frame_is_the_same_as_all_at_once() -> None:
+    slots = np.random.default_rng(2).integers(0, T, (5, 4096), dtype=np.uint64)
+    keys = {"a": KEY, "z": advance(KEY, 1)}
+    masks = Masks("m", keys, CONTEXT)
+    assert np.array_equal(np.stack([masks.apply(row) for row in slots]), apply_masks(slots, "m", keys, CONTEXT))
 
 
 @pytest.mark.parametrize("modulus", [3, 5, 11, 2**20 + 7, *PLAIN_MODULI.values()])

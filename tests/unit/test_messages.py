@@ -55,7 +55,7 @@ STATEMENT = Statement(
     void_attempts=0,
     ledger=HEAD,
 )
-JOIN = Join(version=1, run=A, plan_hash=B, nonce=C, hpke_key=b"key", ledger=HEAD)
+JOIN = Join(version=1, run=A, plan_hash=B, nonce_commitment=C, hpke_key=b"key", ledger=HEAD)
 EXAMPLES: list[Message] = [
     HEAD,
     SIGNED,
@@ -65,7 +65,7 @@ EXAMPLES: list[Message] = [
     JOIN,
     JoinRequest(run=A, plan={"run": {"name": "x"}}),
     JoinReply(certificate=b"der", join=SIGNED),
-    Wraps(run=A, plan_hash=A, roster_hash=B, wraps_hash=C, key_commitment=None),
+    Wraps(run=A, plan_hash=A, roster_hash=B, nonce=C, wraps_hash=C, key_commitment=None),
     RosterReply(wraps=SIGNED, seeds={A: b"1", B: b""}, keys={}),
     KeysRequest(run=A, wraps=[SIGNED], wrap_digests={A: {B: [C]}}, seeds={}, key=None),
     Session(session=A),

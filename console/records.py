@@ -1,0 +1,94 @@
+"""Verbs for what a run leaves behind or begins with: plans, sealing, ledgers, packages, reports, data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from console.options import AsJson, Home, PlanFile, console, read_plan
+
+plan_app = typer.Typer(help="Run plans.", no_args_is_help=True)
+seal_app = typer.Typer(help="Encryption of updates.", no_args_is_help=True)
+ledger_app = typer.Typer(help="The privacy ledger of an owner.", no_args_is_help=True)
+package_app = typer.Typer(help="Packaged models.", no_args_is_help=True)
+audit_app = typer.Typer(help="Audit reports.", no_args_is_help=True)
+data_app = typer.Typer(help="Example data.", no_args_is_help=True)
+
+
+@plan_app.command("check")
+def plan_check(
+    plan: PlanFile,
+    as_json: AsJson = False,
+) -> None:
+    """Check a plan and show what follows from it: noise, epsilon, bytes."""
+    from console.show import show_plan
+
+    show_plan(console, read_plan(plan), as_json=as_json)
+
+
+@ledger_app.command("show")
+def ledger_show(home: Home, as_json: AsJson = False) -> None:
+    """Show what an owner's data has cost so far, after checking every record."""
+    from console.show import show_ledger
+
+    show_ledger(console, home, as_json=as_json)
+
+
+@package_app.command("verify")
+def package_verify(
+    package: Annotated[Path, typer.Argument(help="A .fedseal folder.")],
+    key: Annotated[Path, typer.Option(help="PEM of the signer's public key, from the signer itself.")],
+) -> None:
+    """Check a package's signature and content, and show its privacy statement."""
+    from console.show import show_package
+
+    show_package(console, package, key)
+
+
+@audit_app.command("verify")
+def audit_verify(
+    report: Annotated[Path, typer.Argument(help="A report.json.")],
+    key: Annotated[Path | None, typer.Option(help="PEM of the signer's public key.")] = None,
+) -> None:
+    """Check a report and recompute its verdict. Exit 0 PASS, 1 FAIL, 2 INCONCLUSIVE."""
+    from console.show import show_report
+
+    raise typer.Exit(show_report(console, report, key))
+
+
+@data_app.command("digits")
+def data_digits(
+    out: Annotated[Path, typer.Option(help="New folder for the files.")],
+    owners: Annotated[int, typer.Option(min=1, max=256, help="Number of owners.")] = 3,
+    seed: Annotated[int, typer.Option(help="Decides which owner gets which rows.")] = 0,
+) -> None:
+    """Split scikit-learn's bundled digits into one file per owner and a public one."""
+    from tasks.partition import digits, write_examples
+
+    splits, public = digits(seed=seed, owners=owners)
+    out.mkdir(parents=True)
+    for number, split in enumerate(splits, start=1):
+        write_examples(out / f"owner-{number}.npz", *split)
+    write_examples(out / "public.npz", *public)
+
+
+@seal_app.command("plan")
+def seal_plan(
+    plan: PlanFile,
+    parameters: Annotated[
+        int | None, typer.Option(min=1, help="Values of an update; the plan's model by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what sealing a plan's updates costs, and the proof that its sums are exact."""
+    from console.sealplan import seal_plan as facts_of
+    from console.sealplan import show_seal_plan
+    from console.show import dump_json
+
+    facts = facts_of(read_plan(plan), parameters)
+    if as_json:
+        dump_json(facts)
+    else:
+        show_seal_plan(console, facts)

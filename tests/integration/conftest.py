@@ -1,0 +1,20 @@
+"""One federation of real processes that the tests of a session share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from real_federation import RealFederation, federation_of, made_federation
+
+UNREGISTERED = "owner-4"
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealFederation]:
+    """Three owners and a coordinator; a fourth owner has certificates and is not registered."""
+    made = made_federation(tmp_path_factory.mktemp("real") / "federation", owners=4)
+    for file in (made.server_home / "members").glob(f"{UNREGISTERED}.*"):
+        file.unlink()
+    with federation_of(made, made.owners[:3]) as federation:
+        yield federation

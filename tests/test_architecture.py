@@ -1,0 +1,231 @@
+"""The house as it is built: who may import whom, and what occurs nowhere."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = [
+    "protocol",
+    "crypto",
+    "tasks",
+    "client",
+    "server",
+    "deploy",
+    "audit",
+    "scenarios",
+    "console",
+    "fedseal",
+]
+MAX_LINES = 400
+SECRET_MODULES = {"crypto.secret", "crypto.sealing"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def source_files() -> dict[str, Path]:
+    paths = [ROOT / "fedseal.py"]
+    for package in ORDER[:-1]:
+        paths += sorted((ROOT / package).rglob("*.py"))
+    return {name_of(path): path for path in paths}
+
+
+FILES = source_files()
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+def absolute(module: str, node: ast.ImportFrom) -> str:
+    """The imported module's full name; a leading dot counts from the importing package."""
+    if node.level == 0:
+        return node.module or ""
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    base = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+@cache
+def all_imports(module: str) -> frozenset[str]:
+    """Every dotted name that a module imports, at the top, inside a function or for types only."""
+    names: set[str] = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(module, node)
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return frozenset(names)
+
+
+@cache
+def own_imports(module: str) -> frozenset[str]:
+    """The modules of this project that an import statement names, without the packages they are in."""
+    return frozenset(name for name in all_imports(module) if name in FILES and name != module)
+
+
+def loaded(module: str) -> frozenset[str]:
+    """What is in memory once a module is: its imports, their packages, and so on."""
+    reached: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in reached or name not in FILES:
+            continue
+        reached.add(name)
+        waiting += own_imports(name)
+        waiting.append(name.rpartition(".")[0])
+    return frozenset(reached)
+
+
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def called(node: ast.Call) -> str:
+    """The dotted name of what is called, or its last part where something is computed before it."""
+    parts, function = [], node.func
+    while isinstance(function, ast.Attribute):
+        parts.append(function.attr)
+        function = function.value
+    if isinstance(function, ast.Name):
+        parts.append(function.id)
+    return ".".join(reversed(parts))
+
+
+def calls(module: str) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Call):
+            yield called(node), node
+
+
+def has_true_keyword(node: ast.Call, name: str) -> bool:
+    return any(
+        keyword.arg == name and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+        for keyword in node.keywords
+    )
+
+
+EVERY_MODULE = pytest.mark.parametrize("module", sorted(FILES))
+
+
+def test_the_house_is_complete() -> None:
+    assert {package_of(module) for module in FILES} == set(ORDER)
+    assert {"protocol.plan", "crypto.secret", "client.rounds", "server.rounds"} <= FILES.keys()
+    for module in FILES:
+        assert module == "fedseal" or package_of(module) in FILES, f"{module} is in no package"
+
+
+def test_no_code_lies_outside_the_house() -> None:
+    ignored = {"tests", "docs", "build", "dist"}
+    folders = {path.relative_to(ROOT).parts[0] for path in ROOT.glob("[a-z]*/*.py")}
+    assert folders - ignored <= set(ORDER)
+    assert {path.name for path in ROOT.glob("*.py")} == {"fedseal.py"}
+
+
+@EVERY_MODULE
+def test_a_package_imports_only_what_is_below_it(module: str) -> None:
+    rank = ORDER.index(package_of(module))
+    for name in own_imports(module):
+        assert ORDER.index(package_of(name)) <= rank, f"{module} imports {name}"
+
+
+@EVERY_MODULE
+def test_server_and_client_never_import_each_other(module: str) -> None:
+    if package_of(module) == "server":
+        assert not {name for name in loaded(module) if package_of(name) == "client"}
+    if package_of(module) == "client":
+        assert not {name for name in loaded(module) if package_of(name) == "server"}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in FILES if package_of(name) == "server"))
+def test_the_coordinator_never_loads_what_uses_secret_keys(module: str) -> None:
+    assert not loaded(module) & SECRET_MODULES
+
+
+def test_the_names_of_the_secret_modules_are_up_to_date() -> None:
+    """Whatever in crypto reaches the secret side is on the list above."""
+    reaching = {name for name in FILES if package_of(name) == "crypto" and "crypto.secret" in loaded(name)}
+    assert reaching == SECRET_MODULES
+
+
+@pytest.mark.parametrize("module", sorted(name for name in FILES if package_of(name) == "protocol"))
+def test_the_protocol_needs_no_torch(module: str) -> None:
+    heavy = {"torch", "opacus", "tenseal"}
+    for name in loaded(module):
+        assert not {package_of(imported) for imported in all_imports(name)} & heavy
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_the_modules_of_a_package_have_no_cycle(package: str) -> None:
+    members = {name for name in FILES if package_of(name) == package}
+    left = {name: own_imports(name) & members for name in members}
+    while left:
+        free = {name for name, needs in left.items() if not needs & left.keys()}
+        assert free, f"cycle among {sorted(left)}"
+        left = {name: needs for name, needs in left.items() if name not in free}
+
+
+@EVERY_MODULE
+def test_nothing_unpickles(module: str) -> None:
+    banned = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    assert not {package_of(name) for name in all_imports(module)} & banned
+    for name, node in calls(module):
+        assert not has_true_keyword(node, "allow_pickle"), f"line {node.lineno}"
+        last = name.rpartition(".")[2]
+        if name in ("torch.load", "load") and "torch" in {package_of(n) for n in all_imports(module)}:
+            assert has_true_keyword(node, "weights_only"), f"line {node.lineno}"
+        assert not (last == "load" and name.startswith("torch.jit")), f"line {node.lineno}"
+
+
+@EVERY_MODULE
+def test_nothing_is_evaluated(module: str) -> None:
+    for name, node in calls(module):
+        assert name not in ("eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec"), (
+            f"line {node.lineno}"
+        )
+
+
+@EVERY_MODULE
+def test_no_module_of_the_house_is_imported_by_a_computed_name(module: str) -> None:
+    """Else an import could pass the tests above by."""
+    for name, node in calls(module):
+        if name.rpartition(".")[2] == "import_module":
+            target = node.args[0]
+            assert isinstance(target, ast.Constant), f"line {node.lineno}"
+            assert package_of(str(target.value)) not in ORDER, f"line {node.lineno}"
+
+
+@EVERY_MODULE
+def test_a_module_is_short(module: str) -> None:
+    lines = len(FILES[module].read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{module} has {lines} lines"
+
+
+@EVERY_MODULE
+def test_a_module_says_what_it_is(module: str) -> None:
+    assert ast.get_docstring(tree(module))
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "expected"),
+    [
+        ("client.rounds", "from . import state", {"client", "client.state"}),
+        ("client.rounds", "from .state import RunState", {"client.state", "client.state.RunState"}),
+        ("client", "from .state import RunState", {"client.state", "client.state.RunState"}),
+        ("client.rounds", "from crypto import secret", {"crypto", "crypto.secret"}),
+    ],
+)
+def test_no_spelling_of_an_import_is_overlooked(module: str, statement: str, expected: set[str]) -> None:
+    (node,) = ast.parse(statement).body
+    assert isinstance(node, ast.ImportFrom)
+    base = absolute(module, node)
+    assert {base} | {f"{base}.{alias.name}" for alias in node.names} == expected

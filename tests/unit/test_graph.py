@@ -1,0 +1,76 @@
+"""The mask graph: symmetric, regular, unpredictable, and connected among honest owners."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import pytest
+
+from crypto.graph import SECURITY_BITS, degree, graph_seed, neighbours
+
+
+def fingerprints(count: int) -> list[str]:
+    return sorted(hashlib.sha256(str(number).encode()).hexdigest() for number in range(count))
+
+
+SEED = graph_seed([hashlib.sha256(b"nonce").hexdigest()])
+LIST = hashlib.sha256(b"list").hexdigest()
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 64, 85, 128, 300])
+def test_every_owner_has_the_same_number_of_neighbours_and_the_relation_is_symmetric(count: int) -> None:
+    signers = fingerprints(count)
+    peers = {own: neighbours(own, signers, SEED, LIST, 1 / 3) for own in signers}
+    assert {len(found) for found in peers.values()} == {degree(count, 1 / 3)}
+    for own, found in peers.items():
+        assert own not in found
+        assert found == sorted(set(found))
+        assert all(own in peers[peer] for peer in found)
+
+
+def test_short_lists_use_all_pairs() -> None:
+    signers = fingerprints(64)
+    assert neighbours(signers[5], signers, SEED, LIST, 1 / 3) == signers[:5] + signers[6:]
+
+
+@pytest.mark.parametrize("corrupted", [0.1, 1 / 3, 0.5])
+@pytest.mark.parametrize("count", [100, 256, 1024])
+def test_the_degree_meets_its_bound(count: int, corrupted: float) -> None:
+    peers = degree(count, corrupted)
+    if peers < count - 1:
+        assert count * corrupted ** (peers // 2) <= 2.0**-SECURITY_BITS
+        assert count * corrupted ** (peers // 2 - 1) > 2.0**-SECURITY_BITS
+
+
+def test_the_order_depends_on_nonces_and_on_the_list() -> None:
+    signers = fingerprints(300)
+    first = neighbours(signers[0], signers, SEED, LIST, 1 / 3)
+    other_nonce = graph_seed([hashlib.sha256(b"another").hexdigest()])
+    other_list = hashlib.sha256(b"another list").hexdigest()
+    assert first != neighbours(signers[0], signers, other_nonce, LIST, 1 / 3)
+    assert first != neighbours(signers[0], signers, SEED, other_list, 1 / 3)
+
+
+def test_honest_owners_stay_connected_when_a_third_colludes() -> None:
+    signers, draw = fingerprints(200), random.Random(0)
+    peers = {own: set(neighbours(own, signers, SEED, LIST, 1 / 3)) for own in signers}
+    for _ in range(200):
+        honest = set(draw.sample(signers, 134))
+        assert _reached(next(iter(honest)), honest, peers) == honest
+
+
+def _reached(start: str, honest: set[str], peers: dict[str, set[str]]) -> set[str]:
+    found, todo = {start}, [start]
+    while todo:
+        for peer in peers[todo.pop()] & honest - found:
+            found.add(peer)
+            todo.append(peer)
+    return found
+
+
+def test_the_check_would_see_a_graph_that_is_too_thin() -> None:
+    signers = fingerprints(200)
+    ring = {own: {signers[index - 1], signers[(index + 1) % 200]} for index, own in enumerate(signers)}
+    honest = set(signers) - {signers[10], signers[20]}
+    assert _reached(signers[0], honest, ring) != honest
