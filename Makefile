@@ -15,7 +15,7 @@ IS_DEMO = grep -qs 'fedseal demo authority' "$$OUT/pki/issued.jsonl"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-long check clean
+.PHONY: help install demo test test-long check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ check: $(STAMP) ## Check style, types and the installed packages
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pip check
+
+bench: $(STAMP) ## Measure fedseal beside other systems into bench-seal.json
+	$(BIN)/fedseal bench seal --json bench-seal.json
 
 clean: ## Remove .venv, caches and the demo's folder
 	@if $(IS_DEMO); then rm -rf -- "$$OUT"; fi

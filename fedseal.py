@@ -19,6 +19,7 @@ from console.options import Home, PassphraseFile, ask_passphrase, console, read_
 from console.records import audit_app, data_app, ledger_app, package_app, plan_app, seal_app
 from protocol.environment import prepare_environment
 from protocol.errors import FedsealError
+from scenarios.bench import BenchmarkName
 
 app = typer.Typer(
     name="fedseal",
@@ -89,6 +90,24 @@ def simulate(
     from console.show import show_simulation
 
     show_simulation(console, scenario, out)
+
+
+@app.command()
+def bench(
+    name: Annotated[BenchmarkName, typer.Argument(help="Benchmark; see docs/benchmarks.md.")],
+    file: Annotated[Path, typer.Option("--json", help="File for all figures.", dir_okay=False)],
+    parameters: Annotated[int, typer.Option(min=1, help="Length of an update.")] = 1_000_000,
+    clients: Annotated[int, typer.Option(min=2, help="Clients of one sum.")] = 8,
+    repeat: Annotated[int, typer.Option(min=5, help="Measurements of every program.")] = 5,
+    peer_python: Annotated[
+        Path | None, typer.Option(help="Python of another environment that holds a peer.")
+    ] = None,
+) -> None:
+    """Measure fedseal beside other systems, interleaved, by CPU time, bytes and memory."""
+    from scenarios.bench import run_benchmark
+    from scenarios.bench_arms import Settings
+
+    run_benchmark(console, name, Settings(parameters, clients, repeat, peer_python), file)
 
 
 # --- parties -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flwr.app import Context, Message, RecordDict
 
@@ -58,8 +58,10 @@ def fleet_connection(
 ) -> Iterator[FleetConnection]:
     """Connect this node to a coordinator's fleet API and keep its heartbeat.
 
-    Assumes `flwr.supernode.fleet_http_connection.http_request_response` and that it builds its client by
-    `FleetHttpClient.from_server_address`, which is replaced here so that the client shows a certificate.
+    Assumes `flwr.supernode.fleet_http_connection.http_request_response`, that it builds its client by
+    `FleetHttpClient.from_server_address`, which is replaced here so that the client shows a certificate,
+    and that it gives up by `flwr_exit`, which is replaced because it ends the whole process seconds later,
+    even if its `SystemExit` is caught.
 
     Args:
         address: ``host:port`` of the coordinator's fleet listener.
@@ -73,6 +75,7 @@ def fleet_connection(
     try:
         fleet: Any = importlib.import_module("flwr.supernode.fleet_http_connection")
         client_class: Any = fleet.FleetHttpClient
+        process_exit: Any = fleet.flwr_exit
     except (ImportError, AttributeError) as error:
         raise FlowerChanged("the fleet connection cannot be built") from error
 
@@ -95,7 +98,7 @@ def fleet_connection(
             )
 
     keys = (credentials.transport_key, credentials.transport_key.public_key())
-    fleet.FleetHttpClient = CertifiedClient
+    fleet.FleetHttpClient, fleet.flwr_exit = CertifiedClient, _give_up
     try:
         with fleet.http_request_response(
             address, False, None, keys, max_retries=_CONNECT_RETRIES
@@ -103,10 +106,13 @@ def fleet_connection(
             node_id, receive, *rest = callbacks
             delivery = _Delivery(node_id, *rest)
             yield FleetConnection(node_id, _unless_run_ended(receive), _unless_run_ended(delivery.deliver))
-    except SystemExit:
-        raise ServerUnavailable("the coordinator does not answer or refuses this node") from None
     finally:
-        fleet.FleetHttpClient = client_class
+        fleet.FleetHttpClient, fleet.flwr_exit = client_class, process_exit
+
+
+def _give_up(*_arguments: Any, **_options: Any) -> NoReturn:
+    """Take the place of Flower's `flwr_exit`."""
+    raise ServerUnavailable("the coordinator does not answer or refuses this node") from None
 
 
 def _unless_run_ended(call: Callable[..., Any]) -> Callable[..., Any]:

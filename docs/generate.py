@@ -23,26 +23,27 @@ FOLDER: Final = Path(__file__).parent
 NOTICE: Final = "<!-- Made by `python -m docs.generate`; change the code and run it again. -->"
 
 PLAN_INTRODUCTION: Final = """\
-A plan is a TOML file with one table per section. A field without a default must be given. An unknown section or
-field, a value of another type, and a number that is not finite are refused with `FS-PLAN-01`; whole numbers may
-stand for fractions. Everything in a plan is public.
+A plan is a TOML file with one table per section. A field without a default must be given. An unknown
+section or field, a value of another type, and a number that is not finite are refused with `FS-PLAN-01`;
+whole numbers may stand for fractions. Everything in a plan is public.
 
 Across fields: `cohort.maximum` is at least `cohort.minimum`, and `cohort.minimum` is at least 3 unless
-`cohort.allow_small` is true. `encryption.quorum` is at most `cohort.minimum`. `task.value_range` is ascending.
-`privacy.target_epsilon` is required unless `privacy.noise` is `"none"`, which allows neither it nor
-`privacy.noise_multiplier`."""
+`cohort.allow_small` is true. `encryption.quorum` is at most `cohort.minimum`. `task.value_range` is
+ascending. `privacy.target_epsilon` is required unless `privacy.noise` is `"none"`, which allows neither it
+nor `privacy.noise_multiplier`."""
 
 POLICY_INTRODUCTION: Final = """\
-A policy is a TOML file that an owner writes for its own data; no message can change it. A field without a default
-must be given. An unknown table or field and a value of another type are refused with `FS-POLICY-01`; a plan
-outside the policy is refused with `FS-POLICY-02` before any data is read.
+A policy is a TOML file that an owner writes for its own data; no message can change it. A field without a
+default must be given. An unknown table or field and a value of another type are refused with
+`FS-POLICY-01`; a plan outside the policy is refused with `FS-POLICY-02` before any data is read.
 
 Across fields: `budget.epsilon_per_run` is at most `budget.epsilon_total`. `plans.min_cohort` below 3 needs
 `plans.allow_small`, and `peers.min_known_peers = 0` needs `peers.demo`."""
 
 ERRORS_INTRODUCTION: Final = """\
-Every refusal has a code that never changes its meaning. The message on the machine where it happened says more;
-only the code travels to other parties. The exit status is that of the command line when the error ends it."""
+Every refusal has a code that never changes its meaning. The message on the machine where it happened says
+more; only the code travels to other parties. The exit status is that of the command line when the error
+ends it."""
 
 SIGNS: Final = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -63,9 +64,7 @@ def error_classes() -> list[type[FedsealError]]:
 
 
 def _errors_page() -> str:
-    rows = [
-        [f"`{kind.code}`", kind.what, kind.remedy, str(kind.exit_code)] for kind in error_classes()
-    ]
+    rows = [[f"`{kind.code}`", kind.what, kind.remedy, str(kind.exit_code)] for kind in error_classes()]
     table = _table(["code", "what happened", "what to do", "exit status"], rows)
     return _page("Errors and exit statuses", ERRORS_INTRODUCTION, [table])
 

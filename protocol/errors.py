@@ -342,3 +342,21 @@ class HomeExists(FedsealError):
     what = "The home folder exists already."
     remedy = "Choose a new folder; an existing home may hold a ledger that must not be lost."
     exit_code = 5
+
+
+class PeerUnusable(FedsealError):
+    """Another project's program, with which a benchmark compares, cannot be run."""
+
+    code = "FS-BENCH-01"
+    what = "A program that the benchmark compares with cannot be run."
+    remedy = "Give --peer-python a Python with the packages that docs/benchmarks.md names, or leave it out."
+    exit_code = 10
+
+
+class BenchmarkFailed(FedsealError):
+    """A benchmark has impossible settings, or an arm of it ended early."""
+
+    code = "FS-BENCH-02"
+    what = "The benchmark could not be run."
+    remedy = "Correct what the detail names; an arm that ended may need more memory or fewer parameters."
+    exit_code = 10

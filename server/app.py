@@ -9,13 +9,15 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from crypto.pki import Trust, load_trust
-from protocol.errors import FedsealError, RunFailed
+from protocol.errors import FedsealError, RunFailed, ServerUnavailable
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 from server.store import RunStore, now_text
@@ -26,6 +28,7 @@ from tasks.registry import task_for
 _LOG = logging.getLogger("fedseal.server")
 HOME_VARIABLE = "FEDSEAL_SERVER_HOME"
 PUBLIC_DATA = "public.npz"
+_PARENT_CHECK_S = 0.2
 
 
 def evaluator(plan: Plan, public_data: Path) -> Evaluate:
@@ -61,13 +64,17 @@ def run_plan(
     try:
         SealStrategy(store, initial, evaluate, trust).start(grid)
     except FedsealError as error:
-        store.set("state", paused_or_failed(error))
-        store.set("problem", {"code": error.code, "text": error.explain()})
-        store.set("finished_at", now_text())
-        store.event("ended", state=paused_or_failed(error), code=error.code)
+        _record_end(store, error)
         raise
     finally:
         store.set("loaded_secret_modules", secret_modules())
+
+
+def _record_end(store: RunStore, error: FedsealError) -> None:
+    store.set("state", paused_or_failed(error))
+    store.set("problem", {"code": error.code, "text": error.explain()})
+    store.set("finished_at", now_text())
+    store.event("ended", state=paused_or_failed(error), code=error.code)
 
 
 def secret_modules() -> list[str]:
@@ -92,6 +99,25 @@ def open_run_folder(name: str) -> RunStore:
     return RunStore(folder)
 
 
+def _end_with_parent(folder: Path) -> None:
+    """End this process soon after Flower's executor, its parent, which ends with the coordinator.
+
+    Flower starts this process in a session of its own and leaves it behind when the coordinator stops.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_S)
+        store = RunStore(folder)
+        if store.get("state") == "running":
+            _record_end(store, ServerUnavailable("the coordinator was stopped during the run"))
+        store.close()
+        os._exit(ServerUnavailable.exit_code)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 app = ServerApp()
 
 
@@ -99,6 +125,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the plan that the run's configuration names."""
     store = open_run_folder(str(context.run_config["run"]))
+    _end_with_parent(store.folder)
     pki = Path(os.environ[HOME_VARIABLE]) / "identity"
     try:
         run_plan(grid, store, load_trust(pki))

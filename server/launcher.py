@@ -48,7 +48,8 @@ class FleetOnly:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Answer 404 to everything that owners have no business with."""
         path = scope.get("path", "")
-        allowed = path == "/health" or (path.startswith("/v1/fleet/") and path not in _DENIED)
+        fleet = path.startswith("/v1/fleet/") and path.rstrip("/") not in _DENIED
+        allowed = path == "/health" or fleet
         if scope["type"] == "http" and allowed:
             await self._app(scope, receive, send)
             return

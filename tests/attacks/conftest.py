@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hostile import HostileFederation, HostileRun
 
 from client.owner import open_owner
@@ -51,6 +51,12 @@ def _resolved(sections: str) -> Plan:
     return resolve(Plan.from_fields(fields))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Keep small models from waiting for threads that other processes hold up."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def make_plan() -> Any:
     return attack_plan
@@ -64,7 +70,8 @@ def plan() -> Plan:
 @pytest.fixture(scope="session")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostileFederation]:
     splits, _ = digits(seed=0, owners=5)
-    made = make_federation(tmp_path_factory.mktemp("attacked") / "federation", splits, SETTINGS)
+    few = [(x[:60], y[:60]) for x, y in splits]
+    made = make_federation(tmp_path_factory.mktemp("attacked") / "federation", few, SETTINGS)
     hostile = HostileFederation([open_owner(home.folder, home.passphrase) for home in made.owners])
     yield hostile
     for owner in hostile.owners:

@@ -257,9 +257,7 @@ def test_openings_below_the_quorum_are_refused(session: HostileRun) -> None:
 def test_one_colluding_opener_does_not_lead_to_another_model(session: HostileRun) -> None:
     openings, sums = session.finished_round(1)
     lie = np.full(len(sums) // 4, 7, dtype="<u4").tobytes()
-    body = Opening.from_fields(openings[1].body).model_copy(
-        update={"sums_hash": rounds.digest_bytes(lie)}
-    )
+    body = Opening.from_fields(openings[1].body).model_copy(update={"sums_hash": rounds.digest_bytes(lie)})
     lied = sign(session.owner(1).credentials.signing_key, body)
     fields = {"model_hash": next_model(session, lie, 4), "round_number": 2}
     assert fit_refused(session, 2, [[lied]], lie, **fields) == "FS-WIRE-03"
@@ -413,7 +411,8 @@ def test_whether_an_update_overflows_is_not_told_for_free(
     owner = federation.owners[VICTIM]
     full = owner.examples(plan)
     key = plan.task.model_dump_json()
-    zeros = Examples(full.x[full.y == 0], full.y[full.y == 0])
+    one = full.y == 0
+    zeros = Examples(np.repeat(full.x[one], 12, axis=0), np.repeat(full.y[one], 12))
     empty = Examples(full.x[:0], full.y[:0])
     told: dict[str, set[str | None]] = {"zeros": set(), "empty": set()}
     try:

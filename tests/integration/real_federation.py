@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -144,7 +145,10 @@ class RealFederation:
         """Start a run and return its store."""
         store = prepare_run(self.home, plan, self.public_file)
         self.stores.append(store)
-        submit(self.home, store)
+        with warnings.catch_warnings():
+            # Flower builds its bundle with a name that a library below it deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            submit(self.home, store)
         return store
 
     def run(self, plan: Plan) -> RunStore:

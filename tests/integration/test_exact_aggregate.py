@@ -12,26 +12,32 @@ import pytest
 from numpy.typing import NDArray
 from real_federation import small_plan
 
-import client.rounds
+import crypto.sealing
 from crypto.presets import packing_for
 from scenarios.simulate import Scenario, Simulation, build
+from tasks.registry import task_for
 
 Integers = NDArray[np.uint64]
 ROUNDS = 3
 
 
 class Recorder:
-    """Passes `quantize` through and keeps a copy of every result, in the order of the calls."""
+    """Passes `quantize` through and joins what it gave for the frames of one update."""
 
-    def __init__(self) -> None:
-        self.original = client.rounds.quantize
-        self.updates: list[Integers] = []
+    def __init__(self, parameters: int) -> None:
+        self._original = crypto.sealing.quantize
+        self._parameters = parameters
+        self._parts: list[tuple[NDArray[np.float64], Integers]] = []
         self.inputs: list[NDArray[np.float64]] = []
+        self.updates: list[Integers] = []
 
     def __call__(self, update: NDArray[np.float64], *arguments: Any) -> Integers:
-        result = self.original(update, *arguments)
-        self.inputs.append(update.copy())
-        self.updates.append(result.copy())
+        result = self._original(update, *arguments)
+        self._parts.append((update.copy(), result.copy()))
+        if sum(part.size for part, _ in self._parts) == self._parameters:
+            self.inputs.append(np.concatenate([part for part, _ in self._parts]))
+            self.updates.append(np.concatenate([values for _, values in self._parts]))
+            self._parts.clear()
         return result
 
 
@@ -76,11 +82,11 @@ def check(
     folder: Path, monkeypatch: pytest.MonkeyPatch, owners: int, **sections: dict[str, Any]
 ) -> Integers:
     """Run a plan, compare every round with its plain counterpart, and return all quantized updates."""
-    recorder = Recorder()
-    monkeypatch.setattr(client.rounds, "quantize", recorder)
     with simulated(folder, owners, **sections) as simulation:
-        simulation.run()
         store = simulation.store
+        recorder = Recorder(task_for(store.plan()).initial_weights(store.plan()).size)
+        monkeypatch.setattr(crypto.sealing, "quantize", recorder)
+        simulation.run()
         plan, packing = store.plan(), packing_for(store.plan().encryption.preset, owners)
         assert not any(facts["void"] for facts in store.attempts())
         assert len(recorder.updates) == ROUNDS * owners

@@ -12,7 +12,9 @@ from crypto.presets import PLAIN_MODULI
 
 Slots = NDArray[np.uint64]
 
-OWNERS = st.lists(st.text("0123456789abcdef", min_size=64, max_size=64), min_size=2, max_size=8, unique=True)
+OWNERS = st.lists(
+    st.text("0123456789abcdef", min_size=64, max_size=64), min_size=2, max_size=8, unique=True
+)
 MODULI = st.sampled_from(sorted(PLAIN_MODULI.values()))
 SEEDS = st.integers(0, 2**32 - 1)
 QUICK = settings(max_examples=60, deadline=None)
@@ -61,7 +63,9 @@ def test_no_smaller_sum_comes_out(owners: list[str], modulus: int, seed: int) ->
     masked = {owner: masked_by(owner, owners, slots[owner], context(modulus)) for owner in owners}
     for size in range(1, len(owners)):
         for some in list(combinations(owners, size))[:6]:
-            difference = total([masked[o] for o in some], modulus) != total([slots[o] for o in some], modulus)
+            difference = total([masked[o] for o in some], modulus) != total(
+                [slots[o] for o in some], modulus
+            )
             assert difference.mean() > 0.9
 
 

@@ -60,9 +60,7 @@ def test_the_sum_of_few_updates_is_exact(
     name: str, cohort: int, contributors: int, size: int, kind: str, seed: int
 ) -> None:
     packing, rng = packing_for(name, cohort), np.random.default_rng(seed)
-    updates = [
-        draw_values(rng, kind, size, packing) for _ in range(min(contributors, packing.cohort))
-    ]
+    updates = [draw_values(rng, kind, size, packing) for _ in range(min(contributors, packing.cohort))]
     opened = unpack_sum(
         add([pack(update, packing) for update in updates], packing), size, len(updates), packing
     )
@@ -84,9 +82,7 @@ def test_the_sum_of_a_full_cohort_is_exact(name: str, cohort: int, kind: str, se
 
 @QUICK
 @given(NAMES, COHORTS, SIZES, KINDS, SEEDS)
-def test_the_layout_is_the_documented_one(
-    name: str, cohort: int, size: int, kind: str, seed: int
-) -> None:
+def test_the_layout_is_the_documented_one(name: str, cohort: int, size: int, kind: str, seed: int) -> None:
     packing = packing_for(name, cohort)
     values = draw_values(np.random.default_rng(seed), kind, size, packing)
     packed = pack(values, packing)
@@ -213,9 +209,9 @@ def test_what_is_outside_the_range_is_clamped(
 def test_rounding_is_unbiased(name: str, share: float) -> None:
     """The mean of 200,000 roundings is within six standard errors of the value."""
     packing, draws = packing_for(name, 256), 200_000
-    values = quantize(
-        np.full(draws, share), 1.0, packing, np.random.default_rng(17).random(draws)
-    ).astype(np.float64)
+    values = quantize(np.full(draws, share), 1.0, packing, np.random.default_rng(17).random(draws)).astype(
+        np.float64
+    )
     steps = values.mean() - packing.half_levels - share * packing.half_levels
     assert abs(steps) < 6 * 0.5 / np.sqrt(draws)
 
@@ -236,7 +232,9 @@ def test_the_mean_is_the_exact_integer_mean() -> None:
     updates = [[0, 1, 2 * packing.half_levels], [5, 7, 0], [11, 13, 17]]
     sums = np.array([sum(column) for column in zip(*updates, strict=True)], dtype=np.uint64)
     mean = mean_update(sums, 3, 0.5, packing)
-    expected = [(total - 3 * packing.half_levels) * 0.5 / packing.half_levels / 3 for total in sums.tolist()]
+    expected = [
+        (total - 3 * packing.half_levels) * 0.5 / packing.half_levels / 3 for total in sums.tolist()
+    ]
     np.testing.assert_allclose(mean, expected, rtol=1e-14)
 
 

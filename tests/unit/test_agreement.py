@@ -119,7 +119,14 @@ def test_a_changed_wrap_does_not_open() -> None:
         with pytest.raises(ProtocolViolation):
             key.unwrap(bytes(changed), CONTEXT)
     low_order_point = ciphertext[:1088] + bytes(32) + ciphertext[1120:]
-    for wrong in (b"", ciphertext[:31], ciphertext[:1120], ciphertext[:-1], ciphertext + b"\0", low_order_point):
+    for wrong in (
+        b"",
+        ciphertext[:31],
+        ciphertext[:1120],
+        ciphertext[:-1],
+        ciphertext + b"\0",
+        low_order_point,
+    ):
         with pytest.raises(ProtocolViolation):
             key.unwrap(wrong, CONTEXT)
 

@@ -72,9 +72,7 @@ def test_the_opened_sum_is_the_integer_sum_modulo_t(name: str, owners: int) -> N
     columns, expected = [], []
     for fill in (None, modulus - 1, 0):
         rows = [
-            random_slots(rng, context.packing)
-            if fill is None
-            else np.full(4096, fill, dtype=np.uint64)
+            random_slots(rng, context.packing) if fill is None else np.full(4096, fill, dtype=np.uint64)
             for _ in range(owners)
         ]
         columns.append([key.encrypt(row) for key, row in zip(keys, rows, strict=True)])
@@ -239,9 +237,10 @@ def opens_to(key: BfvKey, frames: Sequence[bytes], parameters: int) -> list[int]
     """The sums, or None where the frames or what they open to are refused. Nothing else may happen."""
     packing = key.context.packing
     try:
-        return unpack_sum(key.open_sum([frames]), parameters, len(frames), packing).tolist()
+        sums = unpack_sum(key.open_sum([frames]), parameters, len(frames), packing)
     except (FrameInvalid, OpeningRefused):
         return None
+    return [int(value) for value in sums]
 
 
 def test_a_mutated_frame_never_opens_to_another_sum() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from crypto.masks import (
-    Masks,
     MaskContext,
+    Masks,
     MaskStream,
     advance,
     apply_masks,
@@ -80,7 +80,9 @@ def test_frame_by_frame_is_the_same_as_all_at_once() -> None:
     slots = np.random.default_rng(2).integers(0, T, (5, 4096), dtype=np.uint64)
     keys = {"a": KEY, "z": advance(KEY, 1)}
     masks = Masks("m", keys, CONTEXT)
-    assert np.array_equal(np.stack([masks.apply(row) for row in slots]), apply_masks(slots, "m", keys, CONTEXT))
+    assert np.array_equal(
+        np.stack([masks.apply(row) for row in slots]), apply_masks(slots, "m", keys, CONTEXT)
+    )
 
 
 @pytest.mark.parametrize("modulus", [3, 5, 11, 2**20 + 7, *PLAIN_MODULI.values()])

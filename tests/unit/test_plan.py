@@ -178,9 +178,7 @@ def test_two_owners_need_the_plans_word_for_it() -> None:
 
 
 def test_no_noise_is_possible_only_without_a_promise() -> None:
-    plan = fields(
-        privacy__noise="none", privacy__target_epsilon=None, privacy__noise_multiplier=None
-    )
+    plan = fields(privacy__noise="none", privacy__target_epsilon=None, privacy__noise_multiplier=None)
     assert resolve(Plan.from_fields(plan)).privacy.target_epsilon is None
 
 
@@ -218,9 +216,7 @@ def test_broken_toml_is_refused_without_its_text() -> None:
 
 def test_the_hash_does_not_depend_on_order_or_on_written_defaults() -> None:
     plan = Plan.from_fields(fields())
-    backwards = {
-        section: dict(reversed(values.items())) for section, values in reversed(fields().items())
-    }
+    backwards = {section: dict(reversed(values.items())) for section, values in reversed(fields().items())}
     assert Plan.from_fields(backwards).sha256() == plan.sha256()
     assert Plan.from_fields(plan.fields()).sha256() == plan.sha256()
     assert Plan.from_fields(fields(server_optimizer={})).sha256() == plan.sha256()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 
@@ -127,7 +128,7 @@ def test_the_table_is_monotone(name: str) -> None:
     assert [cohort for cohort, _ in rows] == sorted({cohort for cohort, _ in rows})
     assert [bits for _, bits in rows] == sorted((bits for _, bits in rows), reverse=True)
     packings = [packing_for(name, cohort) for cohort in range(1, LIMITS[name] + 1)]
-    for smaller, larger in zip(packings, packings[1:], strict=False):
+    for smaller, larger in pairwise(packings):
         assert larger.plain_modulus <= smaller.plain_modulus
         assert larger.radix <= smaller.radix
         assert larger.half_levels <= smaller.half_levels
@@ -162,11 +163,22 @@ def test_the_proof_fails_for_a_forged_packing(name: str) -> None:
             prove_capacity(changed)
 
 
+@pytest.mark.parametrize(("name", "cohort"), COHORTS)
+def test_the_proof_ends_where_the_noise_reaches_half_a_step(name: str, cohort: int) -> None:
+    packing = packing_for(name, cohort)
+    half_step = Fraction(packing.preset.coefficient_modulus, 2 * packing.plain_modulus)
+    limit = half_step // Fraction(FRESH_NOISE)
+    assert limit >= cohort
+    prove_capacity(replace(packing, cohort=limit, half_levels=1))
+    with pytest.raises(CapacityExceeded, match="noise"):
+        prove_capacity(replace(packing, cohort=limit + 1, half_levels=1))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_limit_of_a_row_is_set_by_the_noise(name: str) -> None:
     """The next larger plain modulus of the same table would fail the proof, so that no row is lax."""
     rows = PRESETS[name].plain_bits
-    for (_, wider), (largest, _) in zip(rows, rows[1:], strict=False):
+    for (_, wider), (largest, _) in pairwise(rows):
         with pytest.raises(CapacityExceeded, match="noise"):
             prove_capacity(replace(packing_for(name, largest), plain_modulus=PLAIN_MODULI[wider]))
 

@@ -34,6 +34,14 @@ FOLDER: Final = Path(__file__).parent
 A, B, C, D = ("a1" * 32, "b2" * 32, "c3" * 32, "d4" * 32)
 MULTIPLIER: Final = 2_654_435_761
 SMALL_MODULUS: Final = 11
+FRAMES_SOURCE: Final = (
+    "Made once by crypto.secret with SEAL 4.3 of TenSEAL 0.3.18. `expanded` holds the residues of the "
+    "random half as SEAL expanded it from the frame's 64-byte seed (BLAKE2xb), so that the check needs no "
+    "expansion of its own; it is packed like the frame's residues, 7 bytes each. `key_residues` is the "
+    "secret key in SEAL's number-theoretic transform form, `key_coefficients` the same key as coefficients "
+    "of x^0 to x^4095. The key protects nothing else. An owner's value i is "
+    "i * multiplier mod (2 half_levels + 1)."
+)
 
 CANONICAL: Final[list[Any]] = [
     None,
@@ -214,12 +222,7 @@ def frame_vectors() -> dict[str, Any]:
     # A vector that does not open must not be written.
     unpack_sum(key.open_sum([frames]), parameters, len(owners), packing)
     return {
-        "source": "Made once by crypto.secret with SEAL 4.3 of TenSEAL 0.3.18. `expanded` holds the residues "
-        "of the random half as SEAL expanded it from the frame's 64-byte seed (BLAKE2xb), so that the check "
-        "needs no expansion of its own; it is packed like the frame's residues, 7 bytes each. "
-        "`key_residues` is the secret key in SEAL's number-theoretic transform form, `key_coefficients` the "
-        "same key as coefficients of x^0 to x^4095. The key protects nothing else. An owner's value i is "
-        "i * multiplier mod (2 half_levels + 1).",
+        "source": FRAMES_SOURCE,
         "preset": "exact16",
         "cohort": 3,
         "poly_modulus_degree": 4096,

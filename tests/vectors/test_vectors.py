@@ -151,7 +151,8 @@ def stream(chain_key: bytes, context: dict[str, Any], count: int) -> list[int]:
     info = canonical({**context, "plain_modulus": str(modulus)}).encode()
     key = hkdf(chain_key, b"fedseal/mask/1\0" + info)
     cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
-    keep, numbers = 2 ** (modulus - 1).bit_length() - 1, []
+    keep = 2 ** (modulus - 1).bit_length() - 1
+    numbers: list[int] = []
     while len(numbers) < count:
         number = int.from_bytes(cipher.update(bytes(8)), "little") & keep
         if number < modulus:
@@ -257,7 +258,9 @@ def phases() -> list[list[int]]:
     q, result = vector["coefficient_modulus"], []
     for owner in vector["owners"]:
         first = residues(base64.b64decode(owner["frame"])[64:])
-        product = times_ternary(residues(base64.b64decode(owner["expanded"])), vector["key_coefficients"], q)
+        product = times_ternary(
+            residues(base64.b64decode(owner["expanded"])), vector["key_coefficients"], q
+        )
         result.append([(a + b) % q for a, b in zip(first, product, strict=True)])
     return result
 

@@ -1,0 +1,231 @@
+"""Side-by-side benchmarks: several programs do the same work in turn, and their figures are compared.
+
+The arms are measured A B C A B C ..., so that the machine's load falls on all of them alike. What is
+compared is CPU time, by medians and by ratios within one run; figures of two runs are not comparable.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from protocol.errors import BenchmarkFailed
+from scenarios.bench_arms import ArmProcess, Figures, Job, Settings
+
+_PACKAGES: Final = ("fedseal", "numpy", "tenseal", "flwr", "cryptography", "zstandard")
+
+
+class BenchmarkName(StrEnum):
+    """The benchmarks that exist."""
+
+    SEAL = "seal"
+
+
+def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, file: Path) -> None:
+    """Run a benchmark, write its report as JSON, and print its table.
+
+    Raises:
+        BenchmarkFailed: An arm of our own ended, or the file cannot be written.
+        PeerUnusable: The peer's environment does not hold what the benchmark needs.
+    """
+    if file.is_dir() or not file.parent.is_dir():
+        raise BenchmarkFailed("--json must name a file in a folder that exists")
+    with tempfile.TemporaryDirectory(prefix="fedseal-bench-") as folder:
+        job = _build(name, settings, Path(folder))
+        with console.status("starting the arms") as status:
+            report = run_job(name.value, job, settings.repetitions, status.update)
+    try:
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError:
+        raise BenchmarkFailed("the file that --json names cannot be written") from None
+    console.print(table(report))
+    for line in legend(report):
+        console.print(line, markup=False)
+
+
+def run_job(
+    name: str, job: Job, repetitions: int, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Measure all arms, interleaved, and return the report, a JSON value.
+
+    All arms are started first, so that a peer that cannot be used ends the run before anything is measured.
+    Each then rehearses once, which warms it up and checks what cannot be checked while it is measured.
+
+    Args:
+        name: Name of the benchmark.
+        job: What to measure.
+        repetitions: Measurements of every arm.
+        progress: Told in one line what is measured next.
+    """
+    machine: dict[str, Any] = {**_machine(), "load_average_start": list(os.getloadavg())}
+    samples: dict[str, list[Figures]] = {arm.key: [] for arm in job.arms}
+    order = []
+    with ExitStack() as stack:
+        processes = [stack.enter_context(ArmProcess(arm)) for arm in job.arms]
+        rehearsals = {}
+        for process in processes:
+            progress(f"rehearsal: {process.arm.label}")
+            figures = process.measure({**job.request, "rehearsal": True})
+            rehearsals[process.arm.key] = figures | job.judge()
+        for repetition in range(1, repetitions + 1):
+            for process in processes:
+                progress(f"repetition {repetition} of {repetitions}: {process.arm.label}")
+                figures = process.measure(job.request)
+                samples[process.arm.key].append(figures | job.judge())
+                order.append(process.arm.key)
+        ready = [process.ready for process in processes]
+    return {
+        "benchmark": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {**machine, "load_average_end": list(os.getloadavg())},
+        "versions": _versions(),
+        "settings": {**job.settings, "repetitions": repetitions},
+        "references": dict(job.references),
+        "metrics": [asdict(metric) for metric in job.metrics],
+        "order": order,
+        "arms": _arms(job, samples, rehearsals, ready),
+        "notes": list(job.notes),
+    }
+
+
+def summarize(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Return median, min and max, or None for a metric that does not apply."""
+    known = [value for value in values if value is not None]
+    return {"median": statistics.median(known), "min": min(known), "max": max(known)} if known else None
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """Lay a report out: one row per metric, one column per arm.
+
+    A cell holds the median and its ratio to the first arm's median; below, the least and greatest value.
+    """
+    result = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title=_title(report),
+        title_justify="left",
+    )
+    result.add_column("")
+    for arm in report["arms"]:
+        result.add_column(arm["label"], justify="right")
+    for metric in report["metrics"]:
+        result.add_row(metric["label"], *(_cell(arm, metric) for arm in report["arms"]))
+    return result
+
+
+def legend(report: Mapping[str, Any]) -> list[str]:
+    """Return what must stand below the table: where, when and what was measured."""
+    machine = report["machine"]
+    load = f"{machine['load_average_start'][0]:.1f} to {machine['load_average_end'][0]:.1f}"
+    return [
+        f"{report['date']}, {machine['cpu_model']}, {machine['cores']} cores, load {load}",
+        *(f"{arm['label']}: {arm['description']} ({_named(arm['versions'])})" for arm in report["arms"]),
+        *report["notes"],
+    ]
+
+
+def _named(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _build(name: BenchmarkName, settings: Settings, folder: Path) -> Job:
+    # imported here: the command line shows its help without numpy and the encryption library
+    from scenarios import bench_seal
+
+    builders = {BenchmarkName.SEAL: bench_seal.build}
+    return builders[name](settings, folder)
+
+
+def _arms(
+    job: Job,
+    samples: Mapping[str, Sequence[Figures]],
+    rehearsals: Mapping[str, Figures],
+    ready: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    arms: list[dict[str, Any]] = []
+    for arm, first_line in zip(job.arms, ready, strict=True):
+        columns = {
+            metric.key: [
+                figures.get(metric.key)
+                for figures in ([rehearsals[arm.key]] if metric.rehearsed else samples[arm.key])
+            ]
+            for metric in job.metrics
+        }
+        summary = {key: summarize(values) for key, values in columns.items()}
+        base = arms[0]["summary"] if arms else summary
+        ratio = {m.key: _ratio(summary[m.key], base[m.key]) for m in job.metrics if m.compared}
+        arms.append(
+            {
+                "key": arm.key,
+                "label": arm.label,
+                "description": arm.description,
+                "peer": arm.peer,
+                "versions": first_line.get("versions", {}),
+                "idle_rss_mib": first_line.get("idle_rss_mib"),
+                "samples": columns,
+                "summary": summary,
+                "ratio": ratio,
+            }
+        )
+    return arms
+
+
+def _ratio(figure: dict[str, float] | None, base: dict[str, float] | None) -> float | None:
+    if figure is None or base is None or base["median"] == 0:
+        return None
+    return figure["median"] / base["median"]
+
+
+def _cell(arm: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
+    summary, form = arm["summary"][metric["key"]], metric["form"]
+    if summary is None:
+        return "-"
+    ratio = arm["ratio"].get(metric["key"])
+    shown, least, most = (format(summary[key] * metric["scale"], form) for key in ("median", "min", "max"))
+    if ratio is not None:
+        shown += f" {ratio:.2f}x" if ratio < 10 else f" {ratio:.1f}x"
+    return shown if least == most else f"{shown}\n{least}-{most}"
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
+    return f"{report['benchmark']}: {settings}"
+
+
+def _machine() -> dict[str, Any]:
+    return {"cpu_model": _cpu_model(), "cores": os.cpu_count(), "system": platform.system()}
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,361 @@
+"""What fedseal assumes of Flower's private parts, one test per assumption.
+
+When an upgrade of Flower breaks something, the name and the message of the test that fails say which
+assumption of `server.flower` or `client.flower` has to be thought over.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+import typing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from flower_first import FLOWER_VERSION, flwr
+
+import server.flower
+from crypto.certificates import create_authority
+from protocol.environment import FLOWER_ENVIRONMENT
+from protocol.records import LARGE_BLOB_BYTES, from_record, to_record
+from server.flower import SuperLinkOptions, _bundle, pull, set_identity, superlink_app
+
+ROOT = Path(flwr.__file__).parent
+FLEET = "flwr.supernode.fleet_http_connection"
+
+
+def module(name: str) -> ModuleType:
+    """Import a module that fedseal names; `import_module`, because packages hide modules by functions."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        pytest.fail(f"Flower has no module {name} any more: {error}")
+
+
+def member(module_name: str, name: str) -> Any:
+    """Return something that fedseal takes from a module of Flower."""
+    found = getattr(module(module_name), name, None)
+    assert found is not None, f"{module_name} has no {name} any more"
+    return found
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def source(module_name: str) -> str:
+    return inspect.getsource(module(module_name))
+
+
+def test_version_is_the_one_that_was_read() -> None:
+    assert FLOWER_VERSION == "1.41.0", "read server/flower.py and client/flower.py against the new version"
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"flwr=={FLOWER_VERSION}"' in text, "pyproject.toml pins another version"
+
+
+# --- the coordinator -----------------------------------------------------------------------------------
+
+
+def test_superlink_configuration_is_parsed_from_the_command_line() -> None:
+    parse = member("flwr.superlink.cli.flower_superlink", "_parse_superlink_lifespan_config")
+    assert parameters(parse) == [], "_parse_superlink_lifespan_config takes arguments now"
+    assert "sys.argv" in source("flwr.superlink.cli.flower_superlink"), "sys.argv is not read any more"
+
+
+def test_superlink_is_an_asgi_app_of_configuration_and_lifespan_class() -> None:
+    create_app = member("flwr.superlink.main", "create_app")
+    assert parameters(create_app) == ["config", "superlink_lifespan_class"], "create_app's signature changed"
+    member("flwr.superlink.cli.flower_superlink", "SuperLinkLifespan")
+
+
+def test_superlink_takes_our_options_and_keeps_its_state_in_memory(tmp_path: Path) -> None:
+    module_name = "flwr.superlink.cli.flower_superlink"
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        main = module("flwr.superlink.main")
+        patch.setattr(main, "create_app", lambda config, lifespan: seen.append((config, lifespan)))
+        patch.setenv("FLWR_HOME", str(tmp_path))
+        before = list(sys.argv)
+        superlink_app(_options(tmp_path))
+        assert sys.argv == before
+    config, lifespan = seen[0]
+    assert lifespan is member(module_name, "SuperLinkLifespan")
+    assert config.host == "127.0.0.1", "--host does not set the address of control and runtime API"
+    assert config.port == 12345, "--port does not set the port of control and runtime API"
+    assert config.enable_supernode_auth is True, "--enable-supernode-auth does nothing"
+    assert config.runtime_dependency_install is False, "packages would be installed at run time"
+    assert config.database == member("flwr.supercore.constant", "FLWR_IN_MEMORY_DB_NAME")
+    assert not config.simulation, "the SuperLink would simulate"
+    assert config.isolation == "subprocess", "the ServerApp would run in the coordinator's process"
+
+
+def _options(folder: Path) -> SuperLinkOptions:
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    authority = create_authority("contract", 1)
+    issued = authority.issue_server("coordinator", ["127.0.0.1"], 1)
+    (folder / "ca.crt").write_bytes(authority.certificate.public_bytes(Encoding.PEM))
+    (folder / "server.crt").write_bytes(issued.certificate.public_bytes(Encoding.PEM))
+    pem = issued.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "server.key").write_bytes(pem)
+    return SuperLinkOptions(
+        12345, folder / "ca.crt", folder / "server.crt", str(folder / "server.key"), ""
+    )
+
+
+def test_legacy_network_servers_stay_off_unless_asked_for() -> None:
+    text = source("flwr.superlink.cli.flower_superlink")
+    for name in ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API"):
+        assert f'os.getenv({name}) == "1"' in text, f"{name} does not guard Flower's old server any more"
+        value = getattr(module("flwr.superlink.cli.flower_superlink"), name)
+        assert value not in FLOWER_ENVIRONMENT
+
+
+def test_control_client_has_the_calls_that_we_make() -> None:
+    client = member("flwr.supercore.control", "ControlHttpClient")
+    for name in ("from_server_address", "RegisterNode", "StartRun", "StopRun", "ListRuns", "close"):
+        assert callable(getattr(client, name, None)), f"ControlHttpClient has no {name} any more"
+    expected = ["server_address", "insecure", "root_certificates", "interceptors", "retry_invoker"]
+    assert parameters(client.from_server_address) == expected, "from_server_address changed its arguments"
+
+
+def test_control_client_names_its_version_by_an_interceptor() -> None:
+    interceptor = member("flwr.supercore.interceptors", "RuntimeVersionHttpInterceptor")
+    assert parameters(interceptor.__init__) == ["self", "component_name"]
+
+
+@pytest.mark.parametrize(
+    ("request_name", "fields"),
+    [
+        ("RegisterNodeRequest", {"public_key", "name"}),
+        ("StartRunRequest", {"fab", "override_config"}),
+        ("StopRunRequest", {"run_id"}),
+        ("ListRunsRequest", {"run_id"}),
+        ("ListRunsResponse", {"run_dict"}),
+        ("StartRunResponse", {"run_id"}),
+    ],
+)
+def test_control_requests_have_the_fields_that_we_fill_in(request_name: str, fields: set[str]) -> None:
+    descriptor = member("flwr.proto.control_pb2", request_name).DESCRIPTOR
+    missing = fields - set(descriptor.fields_by_name)
+    assert not missing, f"{request_name} has no {missing} any more"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_bundle_is_built_from_a_configuration_without_code() -> None:
+    bundle = _bundle()
+    from flwr.common.serde import fab_to_proto
+
+    assert fab_to_proto(bundle).hash_str == bundle.hash_str
+    assert len(bundle.content) < 4096, "the bundle holds more than a configuration"
+
+
+def test_grid_is_the_http_grid_of_the_installed_version() -> None:
+    grid = member("flwr.superlink.grid.http_grid", "HttpGrid")
+    for name in ("push_messages", "pull_messages", "get_nodes", "get_node_ids"):
+        assert callable(getattr(grid, name, None)), f"HttpGrid has no {name} any more"
+    assert issubclass(grid, flwr.serverapp.Grid)
+
+
+def test_grid_pulls_objects_by_the_name_in_its_module() -> None:
+    tree = ast.parse(source("flwr.superlink.grid.http_grid"))
+    pulls = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    body = next(node for node in pulls if node.name == "pull_messages")
+    calls = [node.func.id for node in ast.walk(body) if isinstance(node, ast.Call) and _is_name(node)]
+    assert "pull_objects" in calls, "HttpGrid.pull_messages does not call the module's pull_objects"
+
+
+def _is_name(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Name)
+
+
+def test_waits_of_pulling_are_keyword_arguments() -> None:
+    pull_objects = member("flwr.supercore.inflatable.inflatable_utils", "pull_objects")
+    kinds = {name: item.kind for name, item in inspect.signature(pull_objects).parameters.items()}
+    for name in ("initial_backoff", "backoff_cap"):
+        assert kinds.get(name) is inspect.Parameter.KEYWORD_ONLY, f"pull_objects has no {name} any more"
+    assert "pull_object_fn" in kinds
+
+
+def test_quick_pull_shortens_the_waits_and_is_put_in_place_once() -> None:
+    grid_module = module("flwr.superlink.grid.http_grid")
+    seen: list[dict[str, Any]] = []
+
+    class Grid:
+        def pull_messages(self, message_ids: set[str]) -> list[Any]:
+            grid_module.pull_objects([], pull_object_fn=lambda _key: b"")
+            return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid_module, "pull_objects", lambda *_a, **options: seen.append(options))
+        pull(typing.cast(Any, Grid()), {"a"})
+        once = grid_module.pull_objects
+        pull(typing.cast(Any, Grid()), {"a"})
+        assert grid_module.pull_objects is once
+    assert len(seen) == 2
+    assert all(options["initial_backoff"] == server.flower.PULL_BACKOFF_S for options in seen)
+
+
+def test_nodes_are_listed_with_the_time_of_their_activation() -> None:
+    fields = member("flwr.proto.node_pb2", "NodeInfo").DESCRIPTOR.fields_by_name
+    assert {"node_id", "last_activated_at"} <= set(fields), "NodeInfo lost the time of activation"
+
+
+def test_task_identity_can_be_set_and_gives_messages_their_source() -> None:
+    identity = member("flwr.supercore.task_identity", "TaskIdentity")
+    saved = (identity._run_id, identity._node_id, identity._task_id)
+    try:
+        set_identity(7, 8)
+        assert (identity.run_id, identity.node_id, identity.task_id) == (7, 8, 7)
+        message = flwr.app.Message(flwr.app.RecordDict(), 9, "query.join")
+        assert (message.metadata.run_id, message.metadata.src_node_id) == (7, 8)
+    finally:
+        identity._run_id, identity._node_id, identity._task_id = saved
+
+
+# --- the owner's node ----------------------------------------------------------------------------------
+
+
+def test_fleet_connection_takes_the_arguments_that_we_give() -> None:
+    connect = member(FLEET, "http_request_response")
+    expected = ["server_address", "insecure", "root_certificates", "authentication_keys", "max_retries"]
+    assert parameters(connect)[:5] == expected, "http_request_response changed its arguments"
+
+
+def test_fleet_connection_yields_eight_callbacks_in_this_order() -> None:
+    function = next(
+        node
+        for node in ast.walk(ast.parse(source(FLEET)))
+        if isinstance(node, ast.FunctionDef) and node.name == "http_request_response"
+    )
+    yields = [node.value for node in ast.walk(function) if isinstance(node, ast.Yield)]
+    assert len(yields) == 1
+    assert isinstance(yields[0], ast.Tuple)
+    assert [ast.unparse(item) for item in yields[0].elts] == [
+        "node.node_id",
+        "receive",
+        "send",
+        "get_run",
+        "get_fab",
+        "pull_object",
+        "push_object",
+        "confirm_message_received",
+    ], "http_request_response yields other callbacks, or in another order"
+
+
+def test_callbacks_take_the_arguments_that_we_give() -> None:
+    inner = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in ast.walk(ast.parse(source(FLEET)))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert inner["receive"] == []
+    assert inner["send"] == ["message", "object_tree", "clientapp_runtime"]
+    assert inner["pull_object"] == ["run_id", "object_id"]
+    assert inner["push_object"] == ["run_id", "session_id", "object_id", "contents"]
+    assert inner["confirm_message_received"] == ["run_id", "object_id"]
+
+
+def test_fleet_connection_builds_its_client_by_the_name_in_its_module() -> None:
+    assert "with FleetHttpClient.from_server_address(" in source(FLEET), (
+        "the client is built otherwise, so that it would not show the owner's certificate"
+    )
+
+
+def test_fleet_client_takes_a_tls_context() -> None:
+    client = member(FLEET, "FleetHttpClient")
+    taken = inspect.signature(client.__init__).parameters
+    for name in ("interceptors", "verify", "retry_invoker"):
+        assert name in taken, f"FleetHttpClient has no {name} any more"
+        assert taken[name].kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameters(client.__init__)[1] == "base_url"
+    expected = ["server_address", "insecure", "root_certificates", "interceptors", "retry_invoker"]
+    assert parameters(client.from_server_address) == expected
+
+
+def test_fleet_connection_gives_up_by_the_name_in_its_module() -> None:
+    assert "flwr_exit(" in source(FLEET), "a refused connection ends in another way than by flwr_exit"
+    exit_source = inspect.getsource(member(FLEET, "flwr_exit"))
+    assert "os._exit" in exit_source, "flwr_exit does not end the process any more; it need not be replaced"
+
+
+def test_end_of_a_run_is_no_exception_but_a_base_exception() -> None:
+    ended = member("flwr.supercore.run", "RunNotRunningException")
+    assert issubclass(ended, BaseException)
+    assert not issubclass(ended, Exception), "client.flower catches more than it needs to"
+
+
+def test_objects_are_moved_by_the_functions_that_we_call() -> None:
+    inflatable = "flwr.supercore.inflatable"
+    for name in ("get_all_nested_objects", "get_object_tree", "iterate_object_tree", "no_object_id_recompute"):
+        member(f"{inflatable}.inflatable_object", name)
+    push_objects = member(f"{inflatable}.inflatable_utils", "push_objects")
+    assert parameters(push_objects)[:2] == ["objects", "push_object_fn"]
+    assert "object_ids_to_push" in parameters(push_objects)
+    inflate = member(f"{inflatable}.inflatable_utils", "inflate_object_from_contents")
+    assert len(parameters(inflate)) >= 2
+    member("flwr.app.message", "remove_content_from_message")
+
+
+@pytest.mark.parametrize("size", [0, 100_000, LARGE_BLOB_BYTES])
+def test_message_with_bytes_in_a_configuration_record_is_three_objects(size: int) -> None:
+    """Each object costs requests of its own, so that a message must be few of them."""
+    objects = _objects(to_record(b"body", bytes(size)))
+    assert len(objects) == 3, f"a message is {sorted(objects)}, not a message, a record and its values"
+
+
+def test_large_blob_is_cut_into_chunks() -> None:
+    record = to_record(b"body", bytes(LARGE_BLOB_BYTES + 1))
+    assert len(_objects(record)) > 3
+    assert from_record(record) == (b"body", bytes(LARGE_BLOB_BYTES + 1))
+
+
+def _objects(record: Any) -> dict[str, Any]:
+    identity = member("flwr.supercore.task_identity", "TaskIdentity")
+    saved = (identity._run_id, identity._node_id, identity._task_id)
+    try:
+        set_identity(1, 2)
+        message = flwr.app.Message(record, 3, "query.join")
+        return dict(member("flwr.supercore.inflatable.inflatable_object", "get_all_nested_objects")(message))
+    finally:
+        identity._run_id, identity._node_id, identity._task_id = saved
+
+
+def test_error_reply_carries_the_text_that_we_give() -> None:
+    error = flwr.app.Error(member("flwr.common.constant", "ErrorCode").CLIENT_APP_RAISED_EXCEPTION, "FS-X-01")
+    assert error.reason == "FS-X-01"
+
+
+def test_strategy_leaves_the_whole_run_to_start() -> None:
+    strategy = importlib.import_module("flwr.serverapp.strategy").Strategy
+    assert parameters(strategy.start)[:2] == ["self", "grid"], "Strategy.start changed its arguments"
+
+
+# --- switches ------------------------------------------------------------------------------------------
+
+READ_BY_OTHERS = {
+    "RAY_USAGE_STATS_ENABLED": "Ray, which only simulations on a cluster use",
+    "OMP_NUM_THREADS": "OpenMP, in PyTorch and in NumPy's libraries",
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(FLOWER_ENVIRONMENT) - set(READ_BY_OTHERS)))
+def test_switch_is_read_by_flower(name: str) -> None:
+    """Find the place where the name, or the constant that holds it, is looked up in the environment."""
+    texts = [file.read_text(encoding="utf-8") for file in ROOT.rglob("*.py")]
+    constants = {name, f'"{name}"'}
+    for text in texts:
+        for node in ast.walk(ast.parse(text)) if name in text else ():
+            if isinstance(node, ast.Assign) and name in ast.unparse(node.value):
+                constants |= {ast.unparse(target) for target in node.targets}
+    lookups = [f"{call}({constant}" for call in ("os.getenv", "environ.get") for constant in constants]
+    lookups += [f"environ[{constant}" for constant in constants]
+    assert any(lookup in text for text in texts for lookup in lookups), f"Flower does not read {name}"
+
+
+def test_other_switches_are_known_to_be_for_others() -> None:
+    assert set(READ_BY_OTHERS) <= set(FLOWER_ENVIRONMENT)
