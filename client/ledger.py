@@ -147,7 +147,7 @@ class Ledger:
                 if self._spending.open_run(run).opened.plan_hash != plan.sha256():
                     raise LedgerConflict("the run was opened with another plan")
                 return
-            planned = epsilon_after(plan, plan.run.rounds)
+            planned = epsilon_after(plan, plan.paid_rounds)
             if planned is not None:
                 self._spending.require_caps(self._budget, run, planned, plan.privacy.delta)
             self._append(opening(run, plan, _now_s()))

@@ -60,7 +60,7 @@ class Owner:
         ledger: What this owner has spent.
         store: Protocol state.
         data_file: The owner's examples.
-        pending: The update in memory, if any.
+        pending: The updates in memory, by the run that paid for them.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Owner:
     ledger: Ledger
     store: StateStore
     data_file: Path
-    pending: PendingUpdate | None = None
+    pending: dict[str, PendingUpdate] = field(default_factory=dict)
     _examples: dict[str, Examples] = field(default_factory=dict)
 
     @property
@@ -92,7 +92,7 @@ class Owner:
 
     def close(self) -> None:
         """Release files. Pending updates vanish with the process."""
-        self.pending = None
+        self.pending.clear()
         self.ledger.close()
         self.store.close()
 

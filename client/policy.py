@@ -51,6 +51,11 @@ class AllowedPlans(Section):
         default=False,
         description="Accept a `min_cohort` below 3. With two owners each sees the other's exact update.",
     )
+    allow_close_lists: bool = Field(
+        default=False,
+        description="Without noise, accept a list that differs from an earlier one in a single owner; the "
+        "two sums then reveal that owner's update.",
+    )
     allow_no_privacy: bool = Field(
         default=False, description="Accept plans with `privacy.noise = 'none'`, which protect no record."
     )
@@ -129,7 +134,12 @@ def admit(policy: Policy, plan: Plan) -> None:
         raise PolicyRefused(
             f"plans.min_cohort is {plans.min_cohort}, the plan's cohort.minimum is {plan.cohort.minimum}"
         )
-    epsilon = epsilon_after(plan, plan.run.rounds)
+    if plan.encryption.quorum < policy.peers.min_known_peers:
+        raise PolicyRefused(
+            f"peers.min_known_peers is {policy.peers.min_known_peers}, the plan's encryption.quorum is "
+            f"{plan.encryption.quorum}: fewer owners could invent a sum"
+        )
+    epsilon = epsilon_after(plan, plan.paid_rounds)
     if epsilon is None:
         if not plans.allow_no_privacy:
             raise PolicyRefused("plans.allow_no_privacy is false, the plan's privacy.noise is 'none'")

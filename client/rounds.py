@@ -29,13 +29,11 @@ from crypto.signing import sign
 from protocol.encoding import digest, digest_bytes
 from protocol.errors import (
     AttemptRefused,
-    FedsealError,
     FrameInvalid,
     ModelMismatch,
     OpeningRefused,
     ProtocolViolation,
     RosterRefused,
-    TrainingFailed,
 )
 from protocol.messages import (
     CloseReply,
@@ -65,23 +63,20 @@ def fit(owner: Owner, state: RunState, request: FitRequest, blob: bytes) -> Outc
     Raises:
         ModelMismatch: The openings do not lead to the model that the coordinator names.
         BudgetExhausted, AttemptRefused: The ledger does not allow this attempt.
-        TrainingFailed: Training stopped; the attempt is refunded, since nothing left the node.
+        TrainingFailed: Training stopped. The attempt stays spent: that it stopped may depend on data.
     """
     session, plan = state.keyed_session(), state.parsed_plan()
+    if request.attempt > plan.max_attempts:
+        raise AttemptRefused(f"the plan allows {plan.max_attempts} attempts")
     model, finished = follow(owner, state, request.steps, blob)
     if model.sha256() != request.model_hash or finished != request.round - 1:
         raise ModelMismatch("the openings lead to another model or another round")
     discard_pending(owner, state)
     owner.ledger.reserve(state.run, request.attempt)
-    try:
-        update = local_update(owner.task(plan), plan, model.weights, owner.examples(plan))
-    except FedsealError:
-        owner.ledger.void(state.run, request.attempt)
-        raise
-    if not np.all(np.isfinite(update)):
-        owner.ledger.void(state.run, request.attempt)
-        raise TrainingFailed
-    owner.pending = PendingUpdate(request.attempt, request.model_hash, update)
+    update = local_update(owner.task(plan), plan, model.weights, owner.examples(plan))
+    # whether a value overflowed is told to nobody; it is clamped to the public range when it is sealed
+    update = np.nan_to_num(update, nan=0.0, posinf=plan.update_range, neginf=-plan.update_range)
+    owner.pending[state.run] = PendingUpdate(request.attempt, request.model_hash, update)
     body = Ready(
         session=session,
         attempt=request.attempt,
@@ -119,7 +114,7 @@ def follow(
         sums = blob[index * size : (index + 1) * size]
         body = _agreed(plan, state, openings, keys, sums)
         if body.model_hash != model.sha256():
-            if finished == state.round and index < len(steps) - 1:
+            if finished == state.round:
                 continue
             raise ModelMismatch("a step does not start from this owner's model")
         mean = _mean(plan, np.frombuffer(sums, dtype="<u4").astype(np.uint64), body.contributors)
@@ -156,13 +151,12 @@ def _packing(plan: Plan) -> Packing:
 
 def discard_pending(owner: Owner, state: RunState) -> None:
     """Erase an update that was never sealed, and refund its attempt after that."""
-    if owner.pending is None:
+    pending = owner.pending.pop(state.run, None)
+    if pending is None:
         return
-    attempt = owner.pending.attempt
-    owner.pending.update.fill(0.0)
-    owner.pending = None
-    if str(attempt) not in state.sealed:
-        owner.ledger.void(state.run, attempt)
+    pending.update.fill(0.0)
+    if str(pending.attempt) not in state.sealed:
+        owner.ledger.void(state.run, pending.attempt)
 
 
 def check_round_list(
@@ -189,13 +183,15 @@ def seal(owner: Owner, state: RunState, request: SealRequest) -> Outcome:
         AttemptRefused: There is no such update, or it was sealed before.
         RosterRefused: The list is not acceptable.
     """
-    pending = owner.pending
+    pending = owner.pending.get(state.run)
     if pending is None or pending.attempt != request.attempt or str(request.attempt) in state.sealed:
         raise AttemptRefused("there is no unsealed update for this attempt")
     list_hash, model_hash = check_round_list(owner, state, request.attempt, request.ready)
     if model_hash != pending.model_hash:
         raise ModelMismatch("the list is about another model than this owner trained")
-    packing = _packing(state.parsed_plan())
+    plan, signers = state.parsed_plan(), [message.signer for message in request.ready]
+    packing = _packing(plan)
+    _require_distant(owner, plan, state, signers)
     owner.ledger.commit(state.run, request.attempt)
     context = MaskContext(
         session=state.keyed_session(),
@@ -205,9 +201,8 @@ def seal(owner: Owner, state: RunState, request: SealRequest) -> Outcome:
         model_hash=model_hash,
         plain_modulus=packing.plain_modulus,
     )
-    plan, signers = state.parsed_plan(), [message.signer for message in request.ready]
     corrupted = plan.cohort.corrupted_share
-    peers = neighbours(owner.fingerprint, signers, str(state.graph_seed), list_hash, corrupted)
+    peers = neighbours(owner.fingerprint, signers, str(state.graph_seed), request.attempt, corrupted)
     frames = _encrypted(owner, state, pending, context, peers)
     header = Header(
         version=1,
@@ -225,11 +220,24 @@ def seal(owner: Owner, state: RunState, request: SealRequest) -> Outcome:
         sealed={**state.sealed, str(request.attempt): list_hash},
         chain_keys=_ratcheted(state, state.chain_keys, request.attempt + 1),
         chain_attempt=request.attempt + 1,
+        lists=state.lists if signers in state.lists else [*state.lists, signers],
     )
     pending.update.fill(0.0)
-    owner.pending = None
+    del owner.pending[state.run]
     reply = SealReply(header=sign(owner.credentials.signing_key, header))
     return Outcome(changed, reply, b"".join(frames))
+
+
+def _require_distant(owner: Owner, plan: Plan, state: RunState, signers: Sequence[str]) -> None:
+    """Refuse a list that differs from an earlier one in a single owner, where no noise would hide it.
+
+    The same model trained twice without noise gives the same update, and the difference of the two sums
+    would be the update of the one owner in which the lists differ.
+    """
+    if plan.privacy.noise != "none" or owner.policy.plans.allow_close_lists:
+        return
+    if any(len(set(earlier) ^ set(signers)) == 1 for earlier in state.lists):
+        raise RosterRefused("without noise, a list must not differ from an earlier one in a single owner")
 
 
 def _encrypted(

@@ -240,7 +240,7 @@ def opening(run: str, plan: Plan, time_s: int) -> OpenRun:
         noise_multiplier=plan.privacy.noise_multiplier,
         local_steps=plan.training.local_steps,
         delta=plan.privacy.delta,
-        max_rounds=plan.run.rounds,
+        max_rounds=plan.paid_rounds,
         max_attempts=plan.max_attempts,
         time_s=time_s,
     )

@@ -55,6 +55,7 @@ class RunState(Message):
         round: Finished rounds that this owner has applied.
         sealed: Attempt to the hash of the list it was sealed for.
         opened: Attempt to the hash of the headers it was opened for.
+        lists: The distinct lists of owners that this owner sealed for.
     """
 
     run: Digest
@@ -74,6 +75,7 @@ class RunState(Message):
     round: Count = 0
     sealed: dict[str, Digest] = Field(default_factory=dict)
     opened: dict[str, Digest] = Field(default_factory=dict)
+    lists: list[list[Fingerprint]] = Field(default_factory=list)
 
     def with_changes(self, **changes: object) -> RunState:
         """Return a copy with some fields replaced."""
@@ -203,6 +205,8 @@ class StateStore:
                     "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
                     (state.run, request, attempt, answer.body, answer.blob),
                 )
+        # the log would keep earlier states, with keys that this one has erased
+        self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _open_state(self, run: str, sealed: bytes) -> RunState:
         plain = self._box.open(sealed, b"state/" + run.encode())

@@ -89,6 +89,15 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no t
                 gradient[bad] = 0.0
         super().clip_and_accumulate()
 
+    def step_with_noise_only(self) -> None:
+        """Take a step as if no example had been sampled, whatever the last backward pass left behind."""
+        for parameter in self.params:
+            parameter.grad_sample = None
+            parameter.summed_grad = torch.zeros_like(parameter)
+        self.add_noise()
+        self.original_optimizer.step()
+        self.zero_grad()
+
     def add_noise(self) -> None:
         """Add the noise and divide, both in float64, and round to the parameters' type once."""
         deviation = self.noise_multiplier * self.max_grad_norm if self.noise_multiplier else 0.0
@@ -112,7 +121,8 @@ def local_update(
         examples: The owner's data; may be empty, the update then is pure noise.
 
     Returns:
-        Trained minus given model, float64, shape (n_params,), all finite.
+        Trained minus given model, float64, shape (n_params,). A value that overflowed is not finite; the
+        caller must not tell.
 
     Guarantee: with `privacy.noise = "local"` the update is the output of `local_steps` composed
     Poisson-subsampled Gaussian mechanisms, which `protocol.accounting` prices. The caller must have
@@ -179,11 +189,20 @@ def _train(
     for _ in range(plan.training.local_steps):
         optimizer.stream = SecureStream()
         chosen = optimizer.stream.coins(len(examples), plan.privacy.sample_rate)
-        _step(task, sampled, optimizer, examples.x[chosen], examples.y[chosen])
-    update = flatten(model).astype(np.float64) - start
-    if not bool(np.all(np.isfinite(update))):
-        raise TrainingFailed
-    return update
+        try:
+            _step(task, sampled, optimizer, examples.x[chosen], examples.y[chosen])
+        except Exception:  # a step that fails sends its noise, so that nobody learns that it failed
+            _forget(sampled)
+            optimizer.step_with_noise_only()
+    return flatten(model).astype(np.float64) - start
+
+
+def _forget(model: nn.Module) -> None:
+    """Drop what Opacus' hooks keep of a forward pass that never reached its backward pass."""
+    for module in model.modules():
+        for name in ("activations", "max_batch_len"):
+            if hasattr(module, name):
+                delattr(module, name)
 
 
 def _step(task: Task, model: Any, optimizer: SecureDPOptimizer, x: NDArray[Any], y: NDArray[Any]) -> None:

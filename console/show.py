@@ -183,13 +183,13 @@ def show_plan(console: Console, plan: Plan, *, as_json: bool) -> None:
     packing = packing_for(resolved.encryption.preset, resolved.cohort.maximum)
     frames = packing.frames_for(parameters)
     upload = frames * packing.frame_bytes
-    epsilon = epsilon_after(resolved, resolved.run.rounds)
+    epsilon = epsilon_after(resolved, resolved.paid_rounds)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in (
         ("plan hash", resolved.sha256()),
         ("parameters", f"{parameters}"),
         ("noise multiplier", f"{resolved.privacy.noise_multiplier}"),
-        ("epsilon after the last round", "no guarantee" if epsilon is None else f"{epsilon:.4f}"),
+        ("epsilon, spare rounds included", "no guarantee" if epsilon is None else f"{epsilon:.4f}"),
         ("delta", f"{resolved.privacy.delta:g}"),
         (
             "an owner sends per round",

@@ -102,6 +102,16 @@ class BfvContext:
         ciphertext.load(self.seal, self._file.path)
         return ciphertext
 
+    def check(self, frame: bytes) -> None:
+        """Check a peer's frame without building anything from it.
+
+        Raises:
+            FrameInvalid: Wrong length, or a residue that is not below its prime.
+        """
+        if len(frame) != self.packing.frame_bytes:
+            raise FrameInvalid(f"a frame must have {self.packing.frame_bytes} bytes")
+        self.residues(frame[SEED_BYTES:])
+
     def residues(self, data: bytes) -> NDArray[np.uint64]:
         """Parse packed residues of one polynomial, uint64 (primes * degree,), prime by prime.
 

@@ -58,6 +58,8 @@ def advance(chain_key: bytes, steps: int) -> bytes:
 
     A disk that is stolen after an attempt therefore does not hold that attempt's masks.
     """
+    if steps < 0:
+        raise ValueError("a chain key cannot be turned back")
     for _ in range(steps):
         chain_key = hashlib.sha256(b"fedseal/ratchet/1\0" + chain_key).digest()
     return chain_key

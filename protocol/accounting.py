@@ -142,7 +142,7 @@ def require_target(plan: Plan) -> None:
         NoiseTooSmall: Epsilon of the full schedule is above `privacy.target_epsilon`.
         PlanInvalid: The noise multiplier is not filled in.
     """
-    reached = epsilon_after(plan, plan.run.rounds)
+    reached = epsilon_after(plan, plan.paid_rounds)
     target = plan.privacy.target_epsilon
     if reached is None or target is None:
         return

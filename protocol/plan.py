@@ -32,6 +32,13 @@ class RunSection(Section):
 
     name: Name = Field(description="Name of the run, used for its folder.")
     rounds: int = Field(ge=1, le=100_000, description="Rounds that must finish.")
+    paid_spares: int = Field(
+        default=1,
+        ge=0,
+        le=10_000,
+        description="Rounds beyond `rounds` that the noise pays for: an attempt that is void after it was "
+        "sealed costs privacy like any other.",
+    )
     spare_attempts: int = Field(
         default=5, ge=0, le=10_000, description="Attempts beyond `rounds` that void rounds may use up."
     )
@@ -76,9 +83,9 @@ class CohortSection(Section):
     maximum: int = Field(ge=1, le=1024, description="Most owners; encryption capacity is proved for it.")
     corrupted_share: float = Field(
         default=1 / 3,
-        gt=0,
+        ge=1 / 3,
         lt=1,
-        description="Share of a list that may collude; decides how many peers an owner masks with.",
+        description="Share of a list above 64 owners that may collude; decides how many peers mask.",
     )
     allow_small: bool = Field(
         default=False,
@@ -107,7 +114,7 @@ class TrainingSection(Section):
     """Constants of local training; all public."""
 
     local_steps: int = Field(ge=1, le=100_000, description="DP-SGD steps of an owner in one round.")
-    learning_rate: Positive = Field(description="Step size of local DP-SGD.")
+    learning_rate: float = Field(gt=0, le=1e4, description="Step size of local DP-SGD.")
 
 
 class ServerOptimizerSection(Section):
@@ -134,10 +141,12 @@ class PrivacySection(Section):
     )
     target_epsilon: Positive | None = Field(default=None, description="Budget of the whole run.")
     delta: float = Field(default=1e-5, gt=0, lt=1, description="Failure probability.")
-    max_grad_norm: Positive = Field(default=1.0, description="L2 clipping norm of one example.")
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6, description="L2 clipping norm of one example.")
     sample_rate: float = Field(gt=0, le=1, description="Poisson sampling probability of one example.")
-    expected_batch_size: Positive = Field(
-        description="Public divisor of the noisy gradient sum; never the owner's record count."
+    expected_batch_size: float = Field(
+        ge=1e-3,
+        le=1e12,
+        description="Public divisor of the noisy gradient sum; never the owner's record count.",
     )
     noise_multiplier: Positive | None = Field(
         default=None, description="Noise deviation over max_grad_norm; calibrated when left out."
@@ -161,8 +170,10 @@ class EncryptionSection(Section):
         default="exact16", description="Parameter set; see docs/encryption.md."
     )
     quorum: int = Field(default=2, ge=1, le=1024, description="Owners whose opened sums must agree.")
-    update_range: Positive | None = Field(
+    update_range: float | None = Field(
         default=None,
+        ge=1e-9,
+        le=1e9,
         description="Largest magnitude of one update value; derived from public constants if left out.",
     )
 
@@ -235,9 +246,14 @@ class Plan(Section):
         return self.run.rounds + self.run.spare_attempts
 
     @property
+    def paid_rounds(self) -> int:
+        """Sealed attempts that the noise pays for, void ones included."""
+        return self.run.rounds + self.run.paid_spares
+
+    @property
     def total_steps(self) -> int:
-        """DP-SGD steps of one owner over all finished rounds."""
-        return self.run.rounds * self.training.local_steps
+        """DP-SGD steps of one owner over all sealed attempts that the noise pays for."""
+        return self.paid_rounds * self.training.local_steps
 
     @property
     def update_range(self) -> float:

@@ -21,7 +21,7 @@ from server.flower import online_nodes, pull
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")
-_CODE = re.compile(r"FS-[A-Z]+-\d{2}")
+_CODE = re.compile(r"FS-[A-Z]{1,16}-\d{2}")
 _FIRST_POLL_S, _LAST_POLL_S, _ALIVE_CHECK_S = 0.02, 0.25, 2.0
 
 BLOB_CONTENT = {

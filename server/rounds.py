@@ -217,6 +217,8 @@ class RoundRunner:
         )
         if header != expected:
             raise FrameInvalid("a header does not describe the frames of this attempt")
+        for frame in frames:
+            self._context.check(frame)
         return signed
 
     def _add(self, totals: Sequence[object], blob: bytes) -> list[object]:

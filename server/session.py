@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from crypto.agreement import signed_hash, wrap_digests
+from crypto.agreement import signed_hash, wrap_digests, wraps_hash
 from crypto.certificates import verify_signing_certificate
 from crypto.pki import Trust
 from crypto.signing import verify
@@ -203,9 +203,11 @@ class Joining:
         nodes = {member.node: member for member in members.values()}
         for reply in self._ask("query.roster", dict.fromkeys(nodes, request)):
             member = nodes[reply.node]
+            own = member.fingerprint
             try:
                 answer = RosterReply.from_bytes(reply.body)
-                verify(answer.wraps, member.public_key, Wraps)
+                body = verify(answer.wraps, member.public_key, Wraps)
+                _check_wraps(answer, body, signed_hash([m.join for m in joins]), set(members) - {own})
             except FedsealError as error:
                 self._store.refuse(member.fingerprint, "query.roster", error.code)
                 continue
@@ -254,3 +256,14 @@ class Joining:
             else:
                 self._store.refuse(node_digest(reply.node), kind, reply.code)
                 self._store.event("refused", exchange=kind, code=reply.code)
+
+
+def _check_wraps(answer: RosterReply, body: Wraps, roster_hash: str, peers: set[str]) -> None:
+    """Check that an owner wrapped for exactly its peers, and sent what it signed.
+
+    Whoever got other wraps would refuse them, and would be blamed instead of their sender.
+    """
+    if body.roster_hash != roster_hash or set(answer.seeds) != peers:
+        raise ProtocolViolation("wraps are for another roster")
+    if body.wraps_hash != wraps_hash(wrap_digests(answer.seeds, answer.keys)):
+        raise ProtocolViolation("wraps are not the ones that their sender signed")

@@ -16,7 +16,7 @@ from crypto.presets import packing_for
 from crypto.signing import verify
 from protocol.accounting import epsilon_after
 from protocol.encoding import digest_bytes
-from protocol.errors import FedsealError, QuorumNotMet, RunFailed
+from protocol.errors import FedsealError, ProtocolViolation, QuorumNotMet, RunFailed
 from protocol.messages import CloseReply, CloseRequest, Statement
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
@@ -181,20 +181,23 @@ class SealStrategy(Strategy):
             )
             if not member.absent:
                 requests[member.node] = Request(message.to_bytes(), sums)
+        expected = (session.session, self._plan.sha256(), model.sha256())
         for reply in exchanger.ask("query.close", requests, self._plan.deadlines.open_s):
             member = session.by_node(reply.node)
             try:
-                self._record_statement(member, reply)
+                self._record_statement(member, reply, expected)
             except FedsealError as error:
                 self._store.refuse(member.fingerprint, "query.close", error.code)
         self._store.set("model_hash", model.sha256())
 
-    def _record_statement(self, member: Member, reply: Reply) -> None:
+    def _record_statement(self, member: Member, reply: Reply, expected: tuple[str, str, str]) -> None:
         if reply.code is not None:
             self._store.refuse(member.fingerprint, "query.close", reply.code)
             return
         signed = CloseReply.from_bytes(reply.body).statement
         body = verify(signed, member.public_key, Statement)
+        if (body.session, body.plan_hash, body.model_hash) != expected:
+            raise ProtocolViolation("a statement is about another session, plan or model")
         member.last_head = body.ledger
         self._record_member(member, statement=signed.model_dump(mode="json"))
 

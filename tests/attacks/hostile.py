@@ -90,7 +90,7 @@ class HostileFederation:
     def run(self, plan: Plan, indices: Sequence[int] = (0, 1, 2, 3)) -> HostileRun:
         """Start a run with some owners; nothing is sent yet."""
         for owner in self.owners:
-            owner.pending = None
+            owner.pending.clear()
         return HostileRun(self, plan, list(indices))
 
 

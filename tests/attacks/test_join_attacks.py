@@ -395,9 +395,6 @@ def test_joining_answers_no_question_about_the_data(
     assert len(answers) == 1, f"the coordinator tells the data apart by {answers}"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="FINDING 10: the policy does not hold the opening quorum above tolerated colluders"
-)
 def test_a_plan_whose_sums_one_colluder_can_invent_is_refused(
     federation: HostileFederation, make_plan: Callable[..., Plan]
 ) -> None:

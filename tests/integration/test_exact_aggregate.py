@@ -69,9 +69,7 @@ def test_sum_is_exact_over_several_frames(tmp_path: Path, monkeypatch: pytest.Mo
     check(tmp_path, monkeypatch, owners=3, model={"name": "mlp", "hidden": [256]})
 
 
-def test_sum_is_exact_where_every_value_is_clamped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sum_is_exact_where_every_value_is_clamped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise is far outside this range, so that fields are filled to their ends."""
     updates = check(tmp_path, monkeypatch, owners=3, encryption={"update_range": 1e-7})
     assert {int(value) for value in np.unique(updates)} >= {0, int(np.max(updates))}

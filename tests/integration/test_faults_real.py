@@ -20,8 +20,6 @@ from protocol.plan import Plan
 from scenarios.federation import OwnerHome
 from server.store import RunStore
 
-pytestmark = pytest.mark.xdist_group("faults")
-
 CAREFUL, VICTIM = "owner-4", "owner-1"
 CAP = 1.2
 SHORT_S = 15.0
@@ -120,9 +118,7 @@ def test_refusing_owner_spends_nothing(four: RealFederation, refused: RunStore) 
 def test_run_finishes_without_a_killed_owner(four: RealFederation, killed: RunStore) -> None:
     assert killed.get("state") == "finished", four.logs()
     assert contributors(killed) == [4, 3]
-    assert "owner-1" in {
-        facts["owner"] for _id, _time, kind, facts in killed.events() if kind == "absent"
-    }
+    assert "owner-1" in {facts["owner"] for _id, _time, kind, facts in killed.events() if kind == "absent"}
 
 
 def test_round_that_the_killed_owner_reserved_stays_spent(four: RealFederation, killed: RunStore) -> None:

@@ -68,7 +68,9 @@ def test_superlink_configuration_is_parsed_from_the_command_line() -> None:
 
 def test_superlink_is_an_asgi_app_of_configuration_and_lifespan_class() -> None:
     create_app = member("flwr.superlink.main", "create_app")
-    assert parameters(create_app) == ["config", "superlink_lifespan_class"], "create_app's signature changed"
+    assert parameters(create_app) == ["config", "superlink_lifespan_class"], (
+        "create_app's signature changed"
+    )
     member("flwr.superlink.cli.flower_superlink", "SuperLinkLifespan")
 
 
@@ -102,9 +104,7 @@ def _options(folder: Path) -> SuperLinkOptions:
     (folder / "server.crt").write_bytes(issued.certificate.public_bytes(Encoding.PEM))
     pem = issued.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (folder / "server.key").write_bytes(pem)
-    return SuperLinkOptions(
-        12345, folder / "ca.crt", folder / "server.crt", str(folder / "server.key"), ""
-    )
+    return SuperLinkOptions(12345, folder / "ca.crt", folder / "server.crt", str(folder / "server.key"), "")
 
 
 def test_legacy_network_servers_stay_off_unless_asked_for() -> None:
@@ -291,7 +291,12 @@ def test_end_of_a_run_is_no_exception_but_a_base_exception() -> None:
 
 def test_objects_are_moved_by_the_functions_that_we_call() -> None:
     inflatable = "flwr.supercore.inflatable"
-    for name in ("get_all_nested_objects", "get_object_tree", "iterate_object_tree", "no_object_id_recompute"):
+    for name in (
+        "get_all_nested_objects",
+        "get_object_tree",
+        "iterate_object_tree",
+        "no_object_id_recompute",
+    ):
         member(f"{inflatable}.inflatable_object", name)
     push_objects = member(f"{inflatable}.inflatable_utils", "push_objects")
     assert parameters(push_objects)[:2] == ["objects", "push_object_fn"]
@@ -320,13 +325,17 @@ def _objects(record: Any) -> dict[str, Any]:
     try:
         set_identity(1, 2)
         message = flwr.app.Message(record, 3, "query.join")
-        return dict(member("flwr.supercore.inflatable.inflatable_object", "get_all_nested_objects")(message))
+        return dict(
+            member("flwr.supercore.inflatable.inflatable_object", "get_all_nested_objects")(message)
+        )
     finally:
         identity._run_id, identity._node_id, identity._task_id = saved
 
 
 def test_error_reply_carries_the_text_that_we_give() -> None:
-    error = flwr.app.Error(member("flwr.common.constant", "ErrorCode").CLIENT_APP_RAISED_EXCEPTION, "FS-X-01")
+    error = flwr.app.Error(
+        member("flwr.common.constant", "ErrorCode").CLIENT_APP_RAISED_EXCEPTION, "FS-X-01"
+    )
     assert error.reason == "FS-X-01"
 
 

@@ -22,8 +22,6 @@ from crypto.pki import load_owner, load_trust, ssl_key_file
 from crypto.vault import open_secret
 from protocol.errors import ServerUnavailable
 
-pytestmark = pytest.mark.xdist_group("real")
-
 NOW = datetime.now(UTC)
 HIDDEN = (
     "/v1/control/list-runs",
@@ -62,9 +60,7 @@ def member(real: RealFederation) -> OwnerCredentials:
     return load_owner(real.owner("owner-1").folder / "identity", PASSPHRASE)
 
 
-def context_for(
-    real: RealFederation, credentials: OwnerCredentials | None, folder: Path
-) -> ssl.SSLContext:
+def context_for(real: RealFederation, credentials: OwnerCredentials | None, folder: Path) -> ssl.SSLContext:
     """Return a context that trusts the coordinator and shows a certificate, if any."""
     context = ssl.create_default_context(cafile=str(real.home / "identity" / "ca.crt"))
     if credentials is not None:

@@ -25,8 +25,6 @@ from server.release import PUBLIC, read_public_key, release_key
 from server.store import RunStore
 from tasks.registry import task_for
 
-pytestmark = pytest.mark.xdist_group("real")
-
 OWNERS = ("owner-1", "owner-2", "owner-3")
 ALLOWED = {"ciphertext frames", "signed metadata", "opened sums", "error code"}
 
@@ -42,7 +40,9 @@ def second(real: RealFederation, first: RunStore) -> RunStore:
 
 
 @pytest.fixture(scope="module")
-def concluded(real: RealFederation, first: RunStore, tmp_path_factory: pytest.TempPathFactory) -> Conclusion:
+def concluded(
+    real: RealFederation, first: RunStore, tmp_path_factory: pytest.TempPathFactory
+) -> Conclusion:
     key = release_key(real.home, real.made.server_passphrase)
     return conclude(first, real.home, key, tmp_path_factory.mktemp("result"), lambda _text: None)
 
@@ -56,9 +56,7 @@ def test_run_finishes_every_round_with_every_owner(real: RealFederation, first: 
     assert first.refusals() == []
 
 
-def test_every_ledger_shows_the_sealed_rounds_at_their_price(
-    real: RealFederation, first: RunStore
-) -> None:
+def test_every_ledger_shows_the_sealed_rounds_at_their_price(real: RealFederation, first: RunStore) -> None:
     plan = first.plan()
     expected = epsilon_after(plan, 2)
     assert expected is not None
@@ -126,9 +124,7 @@ def test_report_verifies_and_is_inconclusive(real: RealFederation, concluded: Co
     assert concluded.report_html.is_file()
 
 
-def test_second_run_continues_every_ledger(
-    real: RealFederation, first: RunStore, second: RunStore
-) -> None:
+def test_second_run_continues_every_ledger(real: RealFederation, first: RunStore, second: RunStore) -> None:
     assert second.get("state") == "finished", real.logs()
     costs = [epsilon_after(store.plan(), 2) or math.nan for store in (first, second)]
     before, after = _facts_by_name(first), _facts_by_name(second)

@@ -52,7 +52,7 @@ def name_of(owner: OwnerCredentials) -> str:
 def plan(noise: str = "local", rounds: int = 8) -> Plan:
     privacy: dict[str, Any] = {"noise": noise, "sample_rate": 0.05, "expected_batch_size": 64.0}
     fields: dict[str, Any] = {
-        "run": {"name": "readmission-2026", "rounds": rounds},
+        "run": {"name": "readmission-2026", "rounds": rounds, "paid_spares": 0},
         "task": {"name": "tabular-classification", "input_shape": [24], "classes": 2},
         "model": {"name": "mlp", "hidden": [64, 32], "initial_sha256": sha("model 0")},
         "cohort": {"minimum": 3, "maximum": 8},

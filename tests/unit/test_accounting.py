@@ -21,7 +21,7 @@ def make_plan(rounds: int = 10, local_steps: int = 8, **privacy: object) -> Plan
     } | privacy
     return Plan.from_fields(
         {
-            "run": {"name": "unit", "rounds": rounds, "spare_attempts": 7},
+            "run": {"name": "unit", "rounds": rounds, "paid_spares": 0, "spare_attempts": 7},
             "task": {"name": "image-classification", "input_shape": [8, 8], "classes": 10},
             "model": {"name": "linear"},
             "cohort": {"minimum": 3, "maximum": 8},

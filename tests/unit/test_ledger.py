@@ -34,7 +34,7 @@ def make_plan(rounds: int = 4, spare: int = 2, delta: float = 1e-5, private: boo
     noise = {"target_epsilon": 8.0, "noise_multiplier": 2.0} if private else {"noise": "none"}
     return Plan.from_fields(
         {
-            "run": {"name": "unit", "rounds": rounds, "spare_attempts": spare},
+            "run": {"name": "unit", "rounds": rounds, "paid_spares": 0, "spare_attempts": spare},
             "task": {"name": "image-classification", "input_shape": [8, 8], "classes": 10},
             "model": {"name": "linear"},
             "cohort": {"minimum": 3, "maximum": 8},

@@ -285,8 +285,9 @@ def test_the_shipped_plan_resolves_to_its_target() -> None:
 
 
 def test_derived_numbers_follow_their_definition() -> None:
-    plan = Plan.from_fields(fields(run__rounds=3, training__local_steps=4))
+    plan = Plan.from_fields(fields(run__rounds=3, run__paid_spares=2, training__local_steps=4))
     assert plan.max_attempts == 3 + 5
-    assert plan.total_steps == 12
+    assert plan.paid_rounds == 5
+    assert plan.total_steps == 20
     assert plan.update_range == pytest.approx(0.5 * (2 * 4 + 8 * 4.0 * 2 / 16))
     assert Plan.from_fields(fields(encryption__update_range=0.25)).update_range == 0.25

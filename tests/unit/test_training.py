@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -267,16 +268,34 @@ def test_no_text_about_data_leaves_with_an_error() -> None:
     assert "labels" not in str(caught.value)
 
 
-def test_labels_outside_the_classes_stop_without_a_reason() -> None:
+def test_a_step_that_fails_sends_its_noise() -> None:
+    """A label outside the classes stops the loss; the answer looks like that of an empty batch."""
     examples = replace(make_examples(4), y=np.array([0, 1, 2, 99]))
-    with pytest.raises(TrainingFailed):
-        update(make_plan(noise_multiplier=1.0), examples)
-
-
-def test_a_model_that_is_not_finite_stops() -> None:
     plan = make_plan(noise_multiplier=1.0)
-    with pytest.raises(TrainingFailed):
-        local_update(TASK, plan, np.full(650, np.nan), make_examples(4))
+    noisy = np.concatenate([update(plan, examples) for _ in range(40)])
+    empty = np.concatenate([update(plan, make_examples(0)) for _ in range(40)])
+    assert noisy.std() == pytest.approx(empty.std(), rel=0.05)
+
+
+def test_training_goes_on_after_a_step_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    honest = client.training._step
+
+    def fails_once(*arguments: Any) -> None:
+        calls.append(None)
+        if len(calls) == 1:
+            arguments[1](torch.from_numpy(arguments[3]))
+            raise RuntimeError
+        honest(*arguments)
+
+    monkeypatch.setattr(client.training, "_step", fails_once)
+    assert np.all(np.isfinite(update(make_plan(steps=3, noise_multiplier=1e-6), make_examples(30))))
+    assert len(calls) == 3
+
+
+def test_a_model_that_is_not_finite_raises_nothing() -> None:
+    plan = make_plan(noise_multiplier=1.0)
+    assert local_update(TASK, plan, np.full(650, np.nan), make_examples(4)).shape == (650,)
 
 
 def test_a_vector_of_another_model_is_refused() -> None:
