@@ -6,8 +6,10 @@ Exit status: 0 success, 1 and above as `docs/errors.md` says for each coded erro
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -44,6 +46,8 @@ for name, group in (
 def main() -> None:
     """Run the command line; coded errors become a short explanation and an exit status."""
     prepare_environment()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         app()
     except FedsealError as error:
@@ -52,6 +56,11 @@ def main() -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; all processes of this command were stopped")
         sys.exit(130)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Treat being told to end like Ctrl-C, so that whatever was started is stopped too."""
+    raise KeyboardInterrupt
 
 
 def _log_to_stderr() -> None:
@@ -85,11 +94,14 @@ def demo(
 def simulate(
     scenario: Annotated[Path, typer.Argument(help="Scenario file; see docs/scenarios.md.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the run; a temporary one otherwise.")] = None,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Runs with rising seeds; their accuracies are summed up.")
+    ] = 1,
 ) -> None:
     """Run a scenario in this process: the same apps, no sockets."""
     from console.show import show_simulation
 
-    show_simulation(console, scenario, out)
+    show_simulation(console, scenario, out, repeat)
 
 
 @app.command()

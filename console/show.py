@@ -43,26 +43,44 @@ def show_demo(console: Console, out: Path, plan_file: Path | None, seed: int) ->
     console.print(summary_table(summary))
 
 
-def show_simulation(console: Console, scenario_file: Path, out: Path | None) -> None:
-    """Run a scenario in this process and print its progress."""
-    from scenarios.simulate import Scenario, build
+def show_simulation(console: Console, scenario_file: Path, out: Path | None, repeat: int) -> None:
+    """Run a scenario in this process, once or with several seeds, and print progress and accuracies."""
+    from scenarios.simulate import Scenario
 
     scenario, plan = Scenario.read(scenario_file)
     warn_if_unprotected(console, plan)
     progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = out or Path(temporary)
-        progress.show("stage", {"text": f"making a federation of {scenario.owners} simulated owners"})
-        simulation = build(scenario, plan, folder)
-        stop = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(folder / "run", progress, stop))
-        watcher.start()
-        try:
-            simulation.run()
-        finally:
-            stop.set()
-            watcher.join()
-            simulation.close()
+    accuracies = []
+    for seed in range(scenario.seed, scenario.seed + repeat):
+        one = scenario.model_copy(update={"seed": seed})
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = out / f"seed-{seed}" if out and repeat > 1 else out or Path(temporary)
+            progress.show("stage", {"text": f"{scenario.owners} simulated owners, seed {seed}"})
+            accuracies.append(_simulate(one, plan, folder, progress))
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    if repeat > 1 and known:
+        mean = sum(known) / len(known)
+        console.print(
+            f"accuracy on public data: mean {mean:.4f} of {len(known)} runs, "
+            f"smallest {min(known):.4f}, largest {max(known):.4f}"
+        )
+
+
+def _simulate(scenario: Any, plan: Plan, folder: Path, progress: RunProgress) -> float | None:
+    from scenarios.simulate import build
+
+    simulation = build(scenario, plan, folder)
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(folder / "run", progress, stop))
+    watcher.start()
+    try:
+        simulation.run()
+        accuracy: float | None = simulation.store.attempts()[-1]["accuracy"]
+    finally:
+        stop.set()
+        watcher.join()
+        simulation.close()
+    return accuracy
 
 
 def _watch(folder: Path, progress: RunProgress, stop: threading.Event) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from flower_message import FlowerMessage
+from flwr.app import Message as FlowerMessage
 
 from client.app import make_app
 from client.owner import Owner

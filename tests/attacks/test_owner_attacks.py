@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flower_message import FlowerMessage
+from flwr.app import Message as FlowerMessage
 from hostile import FIRST_NODE, HostileFederation
 
 import server.strategy

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flower_first import FLOWER_VERSION
 
 from client.ledger import Ledger
 from client.owner import IDENTITY, LEDGER, POLICY
@@ -27,7 +26,7 @@ from server.store import RunStore
 from server.submit import prepare_run, submit
 from tasks.partition import digits, write_examples
 
-__all__ = ["FLOWER_VERSION", "PASSPHRASE", "RealFederation", "federation_of", "living", "wait_until"]
+__all__ = ["PASSPHRASE", "RealFederation", "federation_of", "living", "wait_until"]
 
 PASSPHRASE = b"7c1f-only-the-tests-know-this-passphrase"
 MARK = "FEDSEAL_TEST_MARK"

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +138,6 @@ class TestHelp:
         assert COMMANDS[verb].help
 
     @pytest.mark.parametrize("verb", sorted(verb for verb in COMMANDS if arguments_of(COMMANDS[verb])))
-    @pytest.mark.xfail(
-        version("click") == "8.5.1",
-        reason="typer 0.20.1 sets an argument's help before click 8.5.1 clears it",
-        strict=True,
-    )
     def test_help_says_what_every_argument_is_for(self, verb: str) -> None:
         for argument in arguments_of(COMMANDS[verb]):
             assert getattr(argument, "help", None), f"{verb}: {argument.name} has no help"
