@@ -3,8 +3,8 @@
 Up to `ALL_PAIRS_UP_TO` owners, everybody masks with everybody. In longer lists the owners stand on a ring
 in an order that nobody could choose: it follows from nonces that all members committed to before any was
 known, and from who is in the list. Each owner masks with the nearest ``degree / 2`` on either side (Bell et
-al. 2020, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", section 3: a Harary graph under
-a random permutation).
+al. 2020, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", section 3: a Harary graph in a
+random order).
 
 Guarantee: as long as at most the share `corrupted` of the list colludes, the honest owners are connected
 with each other, and so only their common sum can be opened, except with probability below
