@@ -83,13 +83,21 @@ class RunProgress:
             [
                 f"{facts['round']}/{self._rounds}",
                 "-" if accuracy is None else f"{accuracy:.4f}",
-                f"{max(losses):.3f}" if losses else "NO PRIVACY",
+                _losses(losses),
                 str(facts["contributors"]),
                 *(f"{seconds[part]:.2f} s" for part in ("fit", "seal", "open")),
                 format_bytes(facts["upload_bytes"]),
             ]
         )
         self._console.print(Text(line, style="" if self._protected else "bold red"))
+
+
+def _losses(losses: list[float]) -> str:
+    """Return what the owners spent; one figure where it is the same for all."""
+    if not losses:
+        return "NO PRIVACY"
+    least, most = f"{min(losses):.3f}", f"{max(losses):.3f}"
+    return most if least == most else f"{least}-{most}"
 
 
 def _row(cells: list[str]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from crypto.agreement import signed_hash
 from crypto.bfv import BfvContext
 from crypto.packing import mean_update
-from crypto.presets import Packing
+from crypto.presets import SEED_BYTES, Packing
 from crypto.signing import verify
 from protocol.encoding import digest, digest_bytes
 from protocol.errors import FedsealError, FrameInvalid, ProtocolViolation, QuorumNotMet
@@ -93,6 +93,7 @@ class RoundRunner:
         self._packing = packing
         self._session = session
         self._context = BfvContext(packing)
+        self._seeds: set[bytes] = set()
         self.steps: list[list[Signed]] = []
 
     def run(self, attempt: Attempt, model: GlobalModel) -> GlobalModel:
@@ -219,7 +220,20 @@ class RoundRunner:
             raise FrameInvalid("a header does not describe the frames of this attempt")
         for frame in frames:
             self._context.check(frame)
+        self._note_seeds(member, frames)
         return signed
+
+    def _note_seeds(self, member: Member, frames: Sequence[bytes]) -> None:
+        """Refuse a ciphertext seed that occurred before: two ciphertexts with one seed give the key away.
+
+        Raises:
+            FrameInvalid: An owner's generator repeats itself, or frames were copied.
+        """
+        seeds = {frame[:SEED_BYTES] for frame in frames}
+        if len(seeds) < len(frames) or seeds & self._seeds:
+            self._store.event("repeated_seed", owner=member.name)
+            raise FrameInvalid("a ciphertext seed occurred before")
+        self._seeds |= seeds
 
     def _add(self, totals: Sequence[object], blob: bytes) -> list[object]:
         """Add an owner's frames to the running sum; residues are checked on the way."""
