@@ -103,13 +103,13 @@ def collect(store: RunStore, home: Path, deployment: dict[str, Any] | None) -> R
 def _encryption(plan: Plan) -> EncryptionEvidence:
     packing = packing_for(plan.encryption.preset, plan.cohort.maximum)
     return EncryptionEvidence(
-        scheme="BFV",
+        scheme=packing.preset.scheme,
         preset=packing.preset.name,
         poly_modulus_degree=packing.preset.poly_modulus_degree,
         coefficient_modulus_bits=packing.preset.coefficient_modulus.bit_length(),
         plain_modulus_bits=packing.plain_modulus.bit_length(),
         security_level_bits=packing.preset.security_bits,
-        exact=True,
+        exact=packing.preset.scheme == "BFV",
     )
 
 

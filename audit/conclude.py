@@ -32,6 +32,7 @@ class Conclusion:
         report_json: The report.
         report_html: The same report to read.
         verdict: The report's verdict.
+        encryption: The report's section about encryption.
     """
 
     package: Path | None
@@ -39,6 +40,7 @@ class Conclusion:
     report_json: Path
     report_html: Path
     verdict: dict[str, Any]
+    encryption: dict[str, Any]
 
 
 def conclude(
@@ -68,7 +70,9 @@ def conclude(
     evidence = collect(store, home, deployment)
     report = build_report(evidence, datetime.now(UTC), key)
     report_json, report_html = write_report(report, out)
-    return Conclusion(package, deployment, report_json, report_html, report["verdict"])
+    return Conclusion(
+        package, deployment, report_json, report_html, report["verdict"], report["encryption"]
+    )
 
 
 def _package(

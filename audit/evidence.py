@@ -83,7 +83,7 @@ class EncryptionEvidence(Evidence):
         exact: Decryption returns the integer sum without any error.
     """
 
-    scheme: Literal["BFV"]
+    scheme: Literal["BFV", "CKKS"]
     preset: Text
     poly_modulus_degree: Count
     coefficient_modulus_bits: Count

@@ -56,6 +56,11 @@ class AllowedPlans(Section):
         description="Without noise, accept a list that differs from an earlier one in a single owner; the "
         "two sums then reveal that owner's update.",
     )
+    allow_ckks: bool = Field(
+        default=False,
+        description="Accept plans with `encryption.preset = 'ckks'`, a compatibility scheme with weaker "
+        "guarantees; see docs/encryption.md.",
+    )
     allow_no_privacy: bool = Field(
         default=False, description="Accept plans with `privacy.noise = 'none'`, which protect no record."
     )
@@ -134,6 +139,8 @@ def admit(policy: Policy, plan: Plan) -> None:
         raise PolicyRefused(
             f"plans.min_cohort is {plans.min_cohort}, the plan's cohort.minimum is {plan.cohort.minimum}"
         )
+    if plan.encryption.preset == "ckks" and not plans.allow_ckks:
+        raise PolicyRefused("plans.allow_ckks is false, the plan's encryption.preset is 'ckks'")
     if plan.encryption.quorum < policy.peers.min_known_peers:
         raise PolicyRefused(
             f"peers.min_known_peers is {policy.peers.min_known_peers}, the plan's encryption.quorum is "

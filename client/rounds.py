@@ -20,10 +20,10 @@ from client.training import local_update
 from crypto.agreement import signed_hash
 from crypto.bfv import BfvContext
 from crypto.graph import neighbours
-from crypto.masks import MaskContext, Masks, advance
+from crypto.masks import MaskContext, advance
 from crypto.packing import clipped_share, mean_update
 from crypto.presets import Packing, packing_for
-from crypto.sealing import open_frames, seal_frames
+from crypto.sealing import masks_for, open_frames, seal_frames
 from crypto.secret import BfvKey
 from crypto.signing import sign
 from protocol.encoding import digest, digest_bytes
@@ -248,7 +248,8 @@ def _encrypted(
     peers: Sequence[str],
 ) -> list[bytes]:
     plan = state.parsed_plan()
-    masks = Masks(owner.fingerprint, _ratcheted(state, peers, pending.attempt), context)
+    chains = _ratcheted(state, peers, pending.attempt)
+    masks = masks_for(_packing(plan), owner.fingerprint, chains, context)
     key = BfvKey.from_residues(BfvContext(_packing(plan)), bytes(state.bfv_key or b""))
     clamped = clipped_share(pending.update, plan.update_range)
     _LOG.info("attempt %d sealed with %d peers; share clamped %.4f", pending.attempt, len(peers), clamped)

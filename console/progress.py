@@ -131,7 +131,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
             f"{summary['download_bytes_per_parameter']:.2f} bytes per parameter",
         ),
         ("transport", f"{summary['tls_version']} with client certificates"),
-        ("encryption", f"{summary['he']['scheme']} {summary['he']['preset']}, exact sums"),
+        ("encryption", _encryption(summary["he"])),
         *_model_rows(model),
         ("audit", f"{audit['verdict']}: {audit['report']}"),
         ("time", f"{summary['wall_s']:.1f} s"),
@@ -139,6 +139,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for name, value in rows:
         table.add_row(Text(name, style="dim"), Text(str(value)))
     return table
+
+
+def _encryption(he: dict[str, Any]) -> str:
+    return f"{he['scheme']} {he['preset']}, " + ("exact sums" if he["exact"] else "rounded sums")
 
 
 def _loss(owner: dict[str, Any]) -> Text | str:

@@ -14,7 +14,7 @@ from rich.text import Text
 from console.progress import format_bytes
 from crypto.bfv import BfvContext
 from crypto.packing import pack, quantize
-from crypto.presets import FRESH_NOISE, Packing, packing_for
+from crypto.presets import FRESH_NOISE, PRESETS, Packing, noise_limit, packing_for
 from crypto.secret import BfvKey
 from protocol.plan import Plan
 from tasks.registry import task_for
@@ -55,10 +55,9 @@ def seal_plan(plan: Plan, parameters: int | None = None) -> dict[str, Any]:
 
 def _capacity(packing: Packing) -> dict[str, float]:
     """Both inequalities of `crypto.presets.packing_for`, as the two sides that must be in this order."""
-    q, t = packing.preset.coefficient_modulus, packing.plain_modulus
     return {
         "noise": packing.cohort * FRESH_NOISE,
-        "noise_limit": q / (2 * t),
+        "noise_limit": noise_limit(packing),
         "twice_largest_sum": float(4 * packing.cohort * packing.half_levels),
         "field": float(packing.radix),
     }
@@ -88,10 +87,11 @@ def _seconds_per_frame(packing: Packing) -> float:
 def show_seal_plan(console: Console, facts: dict[str, Any]) -> None:
     """Print the facts of `seal_plan` for a person."""
     capacity, rounding = facts["capacity"], facts["rounding"]
+    scheme = PRESETS[facts["preset"]].scheme
     noise = rounding["privacy_noise_rms"]
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in (
-        ("preset", f"{facts['preset']}, BFV, {facts['security_bits']}-bit security class"),
+        ("preset", f"{facts['preset']}, {scheme}, {facts['security_bits']}-bit security class"),
         ("update", f"{facts['parameters']} parameters in {facts['frames']} frames"),
         (
             "an owner sends",

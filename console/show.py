@@ -134,11 +134,14 @@ def show_run(
 
 
 def warn_if_unprotected(console: Console, plan: Plan) -> None:
-    """Say in red that a plan without noise protects no record."""
+    """Say in red that a plan without noise protects no record, and warn of CKKS."""
     if plan.privacy.noise == "none":
         console.print(
             Text("privacy.noise = 'none': this run protects NO record", style="bold white on red")
         )
+    if plan.encryption.preset == "ckks":
+        text = "encryption.preset = 'ckks': sums are rounded, not exact, and seven times as large"
+        console.print(Text(text, style="bold yellow"))
 
 
 def issue_certificates(

@@ -12,13 +12,15 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
+from collections.abc import Sequence
+from functools import cache
 from typing import Final
 
 import numpy as np
 import tenseal.sealapi as seal
 from numpy.typing import NDArray
 
-from crypto.presets import SEED_BYTES, Packing
+from crypto.presets import CKKS_SCALE_BITS, SEED_BYTES, Packing
 from protocol.errors import EncryptionUnavailable, FrameInvalid
 
 _SEAL_MAGIC: Final = 0xA15E
@@ -79,7 +81,6 @@ class BfvContext:
         self._file = SealFile()
         self._head, self._tail = _skeleton(self.seal, packing)
         self._residues = packing.preset.poly_modulus_degree * len(packing.preset.coefficient_moduli)
-        self._limits = np.array(packing.preset.coefficient_moduli, dtype=np.uint64)[:, None]
         body = self._head + bytes(8 * self._residues) + self._tail + bytes(SEED_BYTES)
         self._blob = bytearray(serialized(body))
         start = len(self._blob) - len(body) + len(self._head)
@@ -112,24 +113,37 @@ class BfvContext:
             raise FrameInvalid(f"a frame must have {self.packing.frame_bytes} bytes")
         self.residues(frame[SEED_BYTES:])
 
-    def residues(self, data: bytes) -> NDArray[np.uint64]:
+    def residues(self, data: bytes, moduli: Sequence[int] | None = None) -> NDArray[np.uint64]:
         """Parse packed residues of one polynomial, uint64 (primes * degree,), prime by prime.
+
+        Args:
+            data: As `residue_bytes` made them.
+            moduli: The primes; those of a ciphertext unless told otherwise.
 
         Raises:
             FrameInvalid: Wrong length, or a residue that is not below its prime.
         """
-        preset = self.packing.preset
-        if len(data) != self.packing.residues_bytes:
-            raise FrameInvalid(f"residues must have {self.packing.residues_bytes} bytes")
-        words = unpack_bits(data, preset.residue_bits)
-        rows = words.reshape(len(preset.coefficient_moduli), preset.poly_modulus_degree)
-        if bool((rows >= self._limits).any()):
-            raise FrameInvalid("a residue is not below its modulus")
-        return words
+        primes, degree = (
+            moduli or self.packing.preset.coefficient_moduli,
+            self.packing.preset.poly_modulus_degree,
+        )
+        sizes = [degree * prime.bit_length() // 8 for prime in primes]
+        if len(data) != sum(sizes):
+            raise FrameInvalid(f"residues must have {sum(sizes)} bytes")
+        rows, start = [], 0
+        for prime, size in zip(primes, sizes, strict=True):
+            row = unpack_bits(data[start : start + size], prime.bit_length())
+            if bool((row >= prime).any()):
+                raise FrameInvalid("a residue is not below its modulus")
+            rows.append(row)
+            start += size
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
-    def residue_bytes(self, words: NDArray[np.uint64]) -> bytes:
+    def residue_bytes(self, words: NDArray[np.uint64], moduli: Sequence[int] | None = None) -> bytes:
         """Return residues packed without gaps; inverse of `residues`."""
-        return pack_bits(words, self.packing.preset.residue_bits)
+        primes = moduli or self.packing.preset.coefficient_moduli
+        rows = words.reshape(len(primes), -1)
+        return b"".join(pack_bits(row, q.bit_length()) for row, q in zip(rows, primes, strict=True))
 
     def frame(self, body: bytes) -> bytes:
         """Return the frame of a ciphertext that this process encrypted.
@@ -171,9 +185,14 @@ def pack_bits(words: NDArray[np.uint64], bits: int) -> bytes:
         words: uint64 (n,), each below ``2**bits``; ``n * bits`` must be a multiple of 8.
         bits: 1 to 64.
     """
-    wide = np.ascontiguousarray(words, dtype="<u8").view(np.uint8).reshape(words.size, 8)
+    words = np.ascontiguousarray(words, dtype="<u8")
     if bits % 8 == 0:
-        return np.ascontiguousarray(wide[:, : bits // 8]).tobytes()
+        whole, narrow = _byte_fields(bits // 8, 8), _byte_fields(bits // 8, bits // 8)
+        packed = np.empty(words.size, dtype=narrow)
+        for name in narrow.names or ():
+            packed[name] = words.view(whole)[name]
+        return packed.tobytes()
+    wide = words.view(np.uint8).reshape(words.size, 8)
     low = np.unpackbits(wide, axis=1, bitorder="little")[:, :bits]
     return np.packbits(low.reshape(-1), bitorder="little").tobytes()
 
@@ -182,14 +201,24 @@ def unpack_bits(data: bytes, bits: int) -> NDArray[np.uint64]:
     """Read integers of `bits` bits each; inverse of `pack_bits`."""
     count = len(data) * 8 // bits
     if bits % 8 == 0:
-        wide = np.zeros((count, 8), dtype=np.uint8)
-        wide[:, : bits // 8] = np.frombuffer(data, dtype=np.uint8).reshape(count, bits // 8)
-    else:
-        flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits, bitorder="little")
-        padded = np.zeros((count, 64), dtype=np.uint8)
-        padded[:, :bits] = flat.reshape(count, bits)
-        wide = np.packbits(padded, axis=1, bitorder="little")
+        # words that overlap: each is read with the next one's first bytes, which are then cut off
+        overlapping = np.ndarray((count,), dtype="<u8", buffer=data + bytes(7), strides=(bits // 8,))
+        kept: NDArray[np.uint64] = overlapping & np.uint64((1 << bits) - 1)
+        return kept
+    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits, bitorder="little")
+    padded = np.zeros((count, 64), dtype=np.uint8)
+    padded[:, :bits] = flat.reshape(count, bits)
+    wide = np.packbits(padded, axis=1, bitorder="little")
     return wide.view("<u8").reshape(count).astype(np.uint64, copy=False)
+
+
+@cache
+def _byte_fields(size: int, stride: int) -> np.dtype[np.void]:
+    """Describe the lowest `size` bytes of every `stride` as integers, which copy faster than bytes do."""
+    widths = [width for width in (8, 4, 2, 1) if size & width]
+    offsets = [sum(widths[:index]) for index in range(len(widths))]
+    formats, names = [f"<u{width}" for width in widths], [f"f{width}" for width in widths]
+    return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": stride})
 
 
 def serialized(body: bytes) -> bytes:
@@ -200,30 +229,34 @@ def serialized(body: bytes) -> bytes:
 
 def _build_context(packing: Packing) -> seal.SEALContext:
     preset = packing.preset
-    parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.BFV)
+    parameters = seal.EncryptionParameters(getattr(seal.SCHEME_TYPE, preset.scheme))
     parameters.set_poly_modulus_degree(preset.poly_modulus_degree)
-    bits = [modulus.bit_length() for modulus in preset.coefficient_moduli]
+    bits = [modulus.bit_length() for modulus in preset.key_moduli]
     parameters.set_coeff_modulus(seal.CoeffModulus.Create(preset.poly_modulus_degree, bits))
-    parameters.set_plain_modulus(
-        seal.PlainModulus.Batching(preset.poly_modulus_degree, packing.plain_modulus.bit_length())
-    )
+    if preset.scheme == "BFV":
+        plain_bits = packing.plain_modulus.bit_length()
+        parameters.set_plain_modulus(seal.PlainModulus.Batching(preset.poly_modulus_degree, plain_bits))
     level = getattr(seal.SEC_LEVEL_TYPE, f"TC{preset.security_bits}")
     context = seal.SEALContext(parameters, True, level)
     if not context.parameters_set():
         raise EncryptionUnavailable("SEAL refuses the parameters at the required security level")
     built = context.first_context_data().parms()
     moduli = tuple(modulus.value() for modulus in built.coeff_modulus())
-    if moduli != preset.coefficient_moduli or built.plain_modulus().value() != packing.plain_modulus:
+    keys = tuple(modulus.value() for modulus in context.key_context_data().parms().coeff_modulus())
+    plain = built.plain_modulus().value() if preset.scheme == "BFV" else packing.plain_modulus
+    if (moduli, keys, plain) != (preset.coefficient_moduli, preset.key_moduli, packing.plain_modulus):
         raise EncryptionUnavailable("SEAL builds other moduli than the preset names")
     return context
 
 
 def _skeleton(context: seal.SEALContext, packing: Packing) -> tuple[bytes, bytes]:
     """Return the bytes of SEAL's seeded ciphertext before its residues and before its seed."""
-    degree = packing.preset.poly_modulus_degree
-    polynomials, primes, scale, correction = 2, len(packing.preset.coefficient_moduli), 1.0, 1
+    degree, approximate = packing.preset.poly_modulus_degree, packing.preset.scheme == "CKKS"
+    scale = 2.0**CKKS_SCALE_BITS if approximate else 1.0
+    polynomials, primes, correction = 2, len(packing.preset.coefficient_moduli), 1
     fixed = struct.pack("<4Q", *context.first_parms_id())
-    fixed += struct.pack("<BQQQdQ", 0, polynomials, degree, primes, scale, correction)
+    # CKKS ciphertexts are kept as evaluations (NTT form), BFV ciphertexts as coefficients
+    fixed += struct.pack("<BQQQdQ", approximate, polynomials, degree, primes, scale, correction)
     data = struct.pack("<Q", degree * primes)
     head = fixed + serialized(data + bytes(8 * degree * primes))[: 16 + len(data)]
     generator = struct.pack("<B", _BLAKE2XB) + bytes(SEED_BYTES)

@@ -9,8 +9,8 @@ no information about its owner's update, even for a holder of the encryption key
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -124,8 +124,35 @@ class Masks:
         masked = slots
         for adds, stream in self._streams:
             mask = stream.take(slots.size)
-            masked = (masked + (mask if adds else self._modulus - mask)) % self._modulus
+            raised = masked + (mask if adds else self._modulus - mask)
+            # below 2t; where t was not reached the difference wraps around and the smaller one is kept
+            masked = np.minimum(raised, raised - self._modulus)
         return masked
+
+
+class ResidueMasks:
+    """Masks for CKKS frames: uniform residues, added to the ciphertext instead of to its slots.
+
+    A CKKS slot is no integer modulo t, so masks cannot stand below the encryption. Adding a uniform ring
+    element to one half of the ciphertext hides what it encrypts in the same way, also from a holder of
+    the key, and cancels in the sum of exactly the list's ciphertexts.
+
+    Args:
+        own: This owner's fingerprint.
+        chain_keys: Chain key of this attempt for every peer that this owner masks with.
+        context: What the streams are bound to; its modulus is replaced by each prime.
+        moduli: Primes of the ciphertext.
+    """
+
+    def __init__(
+        self, own: str, chain_keys: Mapping[str, bytes], context: MaskContext, moduli: Sequence[int]
+    ) -> None:
+        self._rows = [Masks(own, chain_keys, replace(context, plain_modulus=prime)) for prime in moduli]
+
+    def apply(self, residues: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Mask the next frame's residues, uint64 (primes * degree,), prime by prime."""
+        rows = residues.reshape(len(self._rows), -1)
+        return np.concatenate([masks.apply(row) for masks, row in zip(self._rows, rows, strict=True)])
 
 
 def apply_masks(

@@ -31,9 +31,13 @@ def quantize(update: Floats, update_range: float, packing: Packing, uniforms: Fl
         uint64 (n,) in [0, 2L]. The error of a value inside the range is below one step, R / L.
     """
     levels = float(packing.half_levels)
-    scaled = np.clip(update, -update_range, update_range) * (levels / update_range)
-    rounded = np.clip(np.floor(scaled + uniforms), -levels, levels)
-    return (rounded + levels).astype(np.uint64)
+    # one array, changed in place: the arithmetic is the same and new memory costs more than it
+    grid = np.clip(update, -update_range, update_range).astype(np.float64, copy=False)
+    grid *= levels / update_range
+    grid += uniforms
+    np.clip(np.floor(grid, out=grid), -levels, levels, out=grid)
+    grid += levels
+    return grid.astype(np.uint64)
 
 
 def mean_update(sums: Integers, contributors: int, update_range: float, packing: Packing) -> Floats:
@@ -67,7 +71,7 @@ def pack(values: Integers, packing: Packing) -> Integers:
 
 def pack_frame(values: Integers, packing: Packing) -> Integers:
     """Lay the values of one frame into its slots, uint64 (slots,); missing values are zero."""
-    slots, fields = packing.preset.poly_modulus_degree, packing.preset.values_per_slot
+    slots, fields = packing.preset.slots, packing.preset.values_per_slot
     padded = np.zeros(packing.values_per_frame, dtype=np.uint64)
     padded[: values.size] = values
     packed = np.ones(slots, dtype=np.uint64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from protocol.encoding import digest
 from protocol.errors import CapacityExceeded
@@ -48,6 +48,8 @@ class Preset:
         values_per_slot: Quantized values that share one slot as digits of a radix.
         plain_bits: (largest cohort, bits of the plain modulus t), in ascending order of cohort.
         security_bits: Security class that SEAL's table gives for this q; asserted at start.
+        scheme: BFV, or CKKS for compatibility; see `crypto.ckks`.
+        special_modulus: A prime that SEAL adds to a CKKS context for key switching, which is never done.
     """
 
     name: str
@@ -56,20 +58,29 @@ class Preset:
     values_per_slot: int
     plain_bits: tuple[tuple[int, int], ...]
     security_bits: int
+    scheme: Literal["BFV", "CKKS"] = "BFV"
+    special_modulus: int | None = None
+
+    @property
+    def slots(self) -> int:
+        """Integers that one frame carries in its slots, check slots included."""
+        return self.poly_modulus_degree if self.scheme == "BFV" else self.poly_modulus_degree // 2
+
+    @property
+    def key_moduli(self) -> tuple[int, ...]:
+        """Primes of a secret key."""
+        special = () if self.special_modulus is None else (self.special_modulus,)
+        return self.coefficient_moduli + special
 
     @property
     def coefficient_modulus(self) -> int:
         """The ciphertext modulus q."""
         return math.prod(self.coefficient_moduli)
 
-    @property
-    def residue_bits(self) -> int:
-        """Bits of one residue in a frame; all primes of a preset have the same length."""
-        return self.coefficient_moduli[0].bit_length()
-
 
 _Q56, _Q60 = (72057594037641217,), (1152921504606830593,)
 _Q62 = (2147352577, 2147377153)
+_Q100 = (1152921504606830593, 1099510890497)
 _SMALL_T = ((8, 47), (64, 44), (256, 42))
 
 PRESETS: Final = {
@@ -77,7 +88,11 @@ PRESETS: Final = {
     "compact": Preset("compact", 4096, _Q56, 3, _SMALL_T, 256),
     "fine": Preset("fine", 4096, _Q60, 2, ((8, 51), (64, 48), (256, 46)), 192),
     "wide": Preset("wide", 4096, _Q62, 2, ((8, 53), (64, 50), (256, 48), (1024, 46)), 192),
+    "ckks": Preset("ckks", 8192, _Q100, 1, ((256, 31),), 128, "CKKS", 1099511480321),
 }
+
+CKKS_SCALE_BITS: Final = 40
+"""CKKS values are multiplied by 2**40 before they are rounded to ring elements."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +116,13 @@ class Packing:
     @property
     def values_per_frame(self) -> int:
         """Quantized values that one frame carries."""
-        return (self.preset.poly_modulus_degree - CHECK_SLOTS) * self.preset.values_per_slot
+        return (self.preset.slots - CHECK_SLOTS) * self.preset.values_per_slot
 
     @property
     def residues_bytes(self) -> int:
         """Bytes of all residues of one polynomial, packed without gaps."""
-        count = self.preset.poly_modulus_degree * len(self.preset.coefficient_moduli)
-        return count * self.preset.residue_bits // 8
+        bits = sum(modulus.bit_length() for modulus in self.preset.coefficient_moduli)
+        return self.preset.poly_modulus_degree * bits // 8
 
     @property
     def frame_bytes(self) -> int:
@@ -154,7 +169,7 @@ def packing_for(preset_name: str, cohort: int) -> Packing:
         raise CapacityExceeded(
             f"encryption.preset: {preset_name} holds at most {largest} owners, cohort.maximum is {cohort}"
         )
-    plain_modulus = PLAIN_MODULI[bits]
+    plain_modulus = PLAIN_MODULI[bits] if preset.scheme == "BFV" else 1 << bits
     radix = _integer_root(plain_modulus, preset.values_per_slot)
     half_levels = (radix - 1) // (4 * cohort)
     packing = Packing(preset, cohort, plain_modulus, radix, half_levels)
@@ -168,13 +183,25 @@ def prove_capacity(packing: Packing) -> None:
     Raises:
         CapacityExceeded: One of them does not hold.
     """
-    q, t = packing.preset.coefficient_modulus, packing.plain_modulus
-    if not packing.cohort * FRESH_NOISE < q / (2 * t):
+    t = packing.plain_modulus
+    if not packing.cohort * FRESH_NOISE < noise_limit(packing):
         raise CapacityExceeded("encryption.preset: the noise of this many ciphertexts is too large")
     if packing.half_levels < 1 or not 4 * packing.cohort * packing.half_levels < packing.radix:
         raise CapacityExceeded("encryption.preset: a field cannot hold twice the largest sum")
     if packing.radix**packing.preset.values_per_slot > t:
         raise CapacityExceeded("encryption.preset: the fields of a slot do not fit the plain modulus")
+
+
+def noise_limit(packing: Packing) -> float:
+    """Return what the summed noise of all ciphertexts must stay below.
+
+    BFV decrypts correctly below ``q / (2 t)``. In CKKS a slot's error is at most the sum of its
+    coefficients' errors over the scale; it must stay below a quarter, which leaves room for float64.
+    """
+    preset = packing.preset
+    if preset.scheme == "CKKS":
+        return 2.0**CKKS_SCALE_BITS / (4 * preset.poly_modulus_degree)
+    return preset.coefficient_modulus / (2 * packing.plain_modulus)
 
 
 def _integer_root(value: int, degree: int) -> int:

@@ -6,13 +6,14 @@ masked and encrypted before the next one is touched. For owners only; the coordi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crypto.masks import Masks
+from crypto.masks import MaskContext, Masks, ResidueMasks
 from crypto.packing import pack_frame, quantize, unpack_sum
+from crypto.presets import SEED_BYTES, Packing
 from crypto.secret import BfvKey
 from protocol.errors import OpeningRefused
 
@@ -23,7 +24,7 @@ def seal_frames(
     update: NDArray[np.float64],
     update_range: float,
     uniforms: Uniforms,
-    masks: Masks,
+    masks: Masks | ResidueMasks,
     key: BfvKey,
 ) -> Iterator[bytes]:
     """Yield the encrypted frames of an update.
@@ -42,7 +43,22 @@ def seal_frames(
     for start in range(0, update.size, packing.values_per_frame):
         part = update[start : start + packing.values_per_frame]
         values = quantize(part, update_range, packing, uniforms(part.size))
-        yield key.encrypt(masks.apply(pack_frame(values, packing)))
+        slots = pack_frame(values, packing)
+        if isinstance(masks, Masks):
+            yield key.encrypt(masks.apply(slots))
+        else:
+            frame = key.encrypt(slots)
+            residues = masks.apply(key.context.residues(frame[SEED_BYTES:]))
+            yield frame[:SEED_BYTES] + key.context.residue_bytes(residues)
+
+
+def masks_for(
+    packing: Packing, own: str, chain_keys: Mapping[str, bytes], context: MaskContext
+) -> Masks | ResidueMasks:
+    """Return an owner's masks for one list, of the kind that the preset's scheme takes."""
+    if packing.preset.scheme == "CKKS":
+        return ResidueMasks(own, chain_keys, context, packing.preset.coefficient_moduli)
+    return Masks(own, chain_keys, context)
 
 
 def open_frames(columns: Sequence[Sequence[bytes]], parameters: int, key: BfvKey) -> NDArray[np.uint64]:

@@ -18,6 +18,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from crypto.bfv import BfvContext, SealFile, serialized
+from crypto.encoders import encoder_for
 from protocol.errors import EncryptionUnavailable, FrameInvalid
 
 _SEAL_HEADER_BYTES: Final = 16
@@ -35,7 +36,7 @@ class BfvKey:
         self._key = key
         self._encryptor = seal.Encryptor(context.seal, key)
         self._decryptor = seal.Decryptor(context.seal, key)
-        self._encoder = seal.BatchEncoder(context.seal)
+        self._encoder = encoder_for(context)
         self._file = SealFile()
         self._inflate = zstandard.ZstdDecompressor()
 
@@ -51,7 +52,7 @@ class BfvKey:
         Raises:
             FrameInvalid: Wrong length, or a residue that is not below q.
         """
-        words = context.residues(data)
+        words = context.residues(data, context.packing.preset.key_moduli)
         body = struct.pack("<4Q", *context.seal.key_parms_id())
         body += struct.pack("<Qd", words.size, 1.0)
         body += serialized(struct.pack("<Q", words.size) + words.astype("<u8").tobytes())
@@ -67,10 +68,10 @@ class BfvKey:
         self._key.save(self._file.path)
         body = self._uncompressed()
         preset = self.context.packing.preset
-        count = preset.poly_modulus_degree * len(preset.coefficient_moduli)
+        count = preset.poly_modulus_degree * len(preset.key_moduli)
         words = np.frombuffer(body[-8 * count :], dtype="<u8")
         self._file.write(b"")
-        return self.context.residue_bytes(words.astype(np.uint64))
+        return self.context.residue_bytes(words.astype(np.uint64), preset.key_moduli)
 
     def commitment(self) -> str:
         """Return the hash to which the dealer commits; the key has far more entropy than a hash."""
@@ -85,8 +86,7 @@ class BfvKey:
         Returns:
             One frame of exactly `Packing.frame_bytes` bytes.
         """
-        plaintext = seal.Plaintext()
-        self._encoder.encode(slots.tolist(), plaintext)
+        plaintext = self._encoder.encode(slots)
         self._encryptor.encrypt_symmetric(plaintext).save(self._file.path)
         return self.context.frame(self._uncompressed())
 
@@ -97,7 +97,7 @@ class BfvKey:
         """
         plaintext = seal.Plaintext()
         self._decryptor.decrypt(total, plaintext)
-        return np.array(self._encoder.decode_uint64(plaintext), dtype=np.uint64)
+        return self._encoder.decode(plaintext)
 
     def open_sum(self, columns: Sequence[Sequence[bytes]]) -> NDArray[np.uint64]:
         """Add frames and decrypt the sums.
@@ -130,9 +130,10 @@ def self_test(context: BfvContext) -> None:
         EncryptionUnavailable: A frame made here does not decrypt to what went in, two frames do not add,
             or a key does not survive its fixed-width form.
     """
-    degree = context.packing.preset.poly_modulus_degree
     modulus = context.packing.plain_modulus
-    slots = (np.arange(degree, dtype=np.uint64) * np.uint64(2654435761)) % np.uint64(modulus)
+    largest = modulus if context.packing.preset.scheme == "BFV" else modulus // 2
+    slots = np.arange(context.packing.preset.slots, dtype=np.uint64) * np.uint64(2654435761)
+    slots %= np.uint64(largest)
     try:
         key = BfvKey.generate(context)
         copy = BfvKey.from_residues(context, key.residues())

@@ -166,7 +166,7 @@ class PrivacySection(Section):
 class EncryptionSection(Section):
     """Homomorphic encryption of the updates."""
 
-    preset: Literal["exact16", "compact", "fine", "wide"] = Field(
+    preset: Literal["exact16", "compact", "fine", "wide", "ckks"] = Field(
         default="exact16", description="Parameter set; see docs/encryption.md."
     )
     quorum: int = Field(default=2, ge=1, le=1024, description="Owners whose opened sums must agree.")

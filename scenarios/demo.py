@@ -163,7 +163,6 @@ def summarize(
     store: RunStore, federation: Federation, conclusion: Conclusion, wall_s: float
 ) -> dict[str, Any]:
     """Return the figures of a finished demo; every one is measured or read from a record."""
-    plan = store.plan()
     rounds = [facts for facts in store.attempts() if not facts["void"]]
     parameters = store.read_checkpoint(0).weights.size
     deployment = conclusion.deployment or {}
@@ -176,7 +175,11 @@ def summarize(
         "upload_bytes_per_parameter": max(facts["upload_bytes"] for facts in rounds) / parameters,
         "download_bytes_per_parameter": max(facts["download_bytes"] for facts in rounds) / parameters,
         "tls_version": store.get("tls")["version"],
-        "he": {"scheme": "BFV", "preset": plan.encryption.preset, "exact": True},
+        "he": {
+            "scheme": conclusion.encryption["scheme"],
+            "preset": conclusion.encryption["preset"],
+            "exact": conclusion.encryption["exact"],
+        },
         "model": {
             "package": str(conclusion.package),
             "size_ratio": deployment.get("size_ratio"),

@@ -67,6 +67,7 @@ class PolicySettings:
         delta_total: Cap over all runs.
         min_cohort: Fewest owners of a sum.
         min_known_peers: Pinned owners that must be in every list.
+        allow_ckks: Whether plans with the compatibility scheme are accepted.
     """
 
     epsilon_total: float = 16.0
@@ -74,6 +75,7 @@ class PolicySettings:
     delta_total: float = 1e-4
     min_cohort: int = 3
     min_known_peers: int = 2
+    allow_ckks: bool = False
 
 
 def make_federation(
@@ -173,6 +175,7 @@ def policy_fields(dataset: str, pinned: Mapping[str, str], settings: PolicySetti
             "tasks": ["image-classification"],
             "models": ["linear", "mlp"],
             "min_cohort": settings.min_cohort,
+            "allow_ckks": settings.allow_ckks,
         },
         "peers": {"pinned": dict(pinned), "min_known_peers": settings.min_known_peers},
     }

@@ -103,6 +103,7 @@ def build(scenario: Scenario, plan: Plan, folder: Path) -> Simulation:
         epsilon_total=2 * epsilon,
         epsilon_per_run=epsilon,
         min_cohort=max(3, resolved.cohort.minimum),
+        allow_ckks=resolved.encryption.preset == "ckks",
     )
     federation = make_federation(folder, splits, settings)
     homes = enumerate(federation.owners, start=_FIRST_NODE)

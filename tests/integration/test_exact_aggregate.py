@@ -52,7 +52,7 @@ def simulated(folder: Path, owners: int, **sections: dict[str, Any]) -> Iterator
         simulation.close()
 
 
-@pytest.mark.parametrize("preset", ["exact16", "compact", "fine", "wide"])
+@pytest.mark.parametrize("preset", ["exact16", "compact", "fine", "wide", "ckks"])
 def test_opened_sums_equal_the_plain_sum_with_three_owners(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
 ) -> None:

@@ -19,14 +19,25 @@ import pytest
 from rich.console import Console
 
 from crypto.presets import packing_for
-from protocol.errors import BenchmarkFailed, CapacityExceeded, FedsealError, PeerUnusable
+from protocol.errors import BenchmarkFailed, CapacityExceeded, FedsealError, OpeningRefused, PeerUnusable
 from scenarios import bench_seal, seal_rounds
 from scenarios.bench import BenchmarkName, legend, run_benchmark, run_job, summarize, table
-from scenarios.bench_arms import MIN_REPETITIONS, Arm, ArmProcess, Figures, Job, Metric, Settings
+from scenarios.bench_arms import MIN_REPETITIONS, Arm, ArmProcess, Figures, Job, Metric, Settings, Size
+from scenarios.bench_targets import TARGETS, evaluate, targets_table
 
 ROOT = Path(__file__).parents[2]
 PEER_SCRIPT = ROOT / "scenarios" / "peers" / "nvflare_seal.py"
-PARAMETERS, CLIENTS = 10_000, 2
+PARAMETERS, CLIENTS, MANY = 10_000, 2, 6
+OURS = ("exact16", "unmasked", "compact")
+TARGET_KEYS = [
+    "bytes_up.exact16",
+    "bytes_up.compact",
+    "encrypt_vs_nvflare",
+    "add_vs_nvflare",
+    "mask_overhead.8",
+    "rss_vs_nvflare.10M",
+    "sum_exact",
+]
 
 FIGURE = {"type": ["number", "null"]}
 SUMMARY = {
@@ -34,58 +45,69 @@ SUMMARY = {
     "required": ["median", "min", "max"],
     "additionalProperties": {"type": "number"},
 }
+ARM = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["key", "label", "description", "peer", "versions", "idle_rss_mib"],
+    "properties": {
+        "key": {"type": "string"},
+        "label": {"type": "string"},
+        "description": {"type": "string"},
+        "peer": {"type": "boolean"},
+        "versions": {"type": "object", "required": ["python", "numpy"]},
+        "idle_rss_mib": {"type": "number", "exclusiveMinimum": 0},
+        "samples": {"additionalProperties": {"type": "array", "items": FIGURE}},
+        "summary": {"additionalProperties": SUMMARY},
+        "ratio": {"additionalProperties": FIGURE},
+    },
+}
+LOADS = {"type": "array", "items": {"type": "number"}, "minItems": 3}
+RUN = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "settings": {"type": "object", "required": ["parameters", "clients", "repetitions"]},
+        "sum_checked": {"type": "boolean"},
+        "load_average_start": LOADS,
+        "load_average_end": LOADS,
+        "references": {"type": "object", "additionalProperties": {"type": "number"}},
+        "metrics": {"type": "array", "minItems": 10, "items": {"required": ["key", "label"]}},
+        "order": {"type": "array", "items": {"type": "string"}},
+        "notes": {"type": "array", "items": {"type": "string"}},
+        "arms": {"type": "array", "items": ARM},
+    },
+}
+RUN["required"] = list(RUN["properties"])  # type: ignore[call-overload]
+TARGET = {
+    "type": "object",
+    "required": ["value", "target", "met", "from", "reason"],
+    "properties": {
+        "value": {"type": ["number", "boolean", "null"]},
+        "target": {"type": ["number", "boolean"]},
+        "met": {"type": ["boolean", "null"]},
+        "from": {"type": ["string", "null"]},
+        "reason": {"type": ["string", "null"]},
+    },
+}
 SCHEMA = {
     "type": "object",
     "additionalProperties": False,
-    "required": [
-        "benchmark",
-        "date",
-        "machine",
-        "versions",
-        "settings",
-        "references",
-        "metrics",
-        "order",
-        "arms",
-        "notes",
-    ],
+    "required": ["benchmark", "date", "machine", "versions", "settings", "runs", "targets"],
     "properties": {
         "benchmark": {"const": "seal"},
         "date": {"pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"},
         "machine": {
             "type": "object",
-            "required": ["cpu_model", "cores", "system", "load_average_start", "load_average_end"],
+            "required": ["cpu_model", "cores", "system"],
             "properties": {
                 "cpu_model": {"type": "string", "minLength": 1},
                 "cores": {"type": "integer", "minimum": 1},
-                "load_average_start": {"type": "array", "items": {"type": "number"}, "minItems": 3},
             },
         },
         "versions": {"type": "object", "required": ["python", "numpy", "tenseal", "flwr"]},
         "settings": {"type": "object", "required": ["parameters", "clients", "repetitions"]},
-        "references": {"type": "object", "additionalProperties": {"type": "number"}},
-        "metrics": {"type": "array", "minItems": 10, "items": {"required": ["key", "label"]}},
-        "order": {"type": "array", "items": {"type": "string"}},
-        "notes": {"type": "array", "items": {"type": "string"}},
-        "arms": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "additionalProperties": False,
-                "required": ["key", "label", "description", "peer", "versions", "idle_rss_mib"],
-                "properties": {
-                    "key": {"type": "string"},
-                    "label": {"type": "string"},
-                    "description": {"type": "string"},
-                    "peer": {"type": "boolean"},
-                    "versions": {"type": "object", "required": ["python", "numpy"]},
-                    "idle_rss_mib": {"type": "number", "exclusiveMinimum": 0},
-                    "samples": {"additionalProperties": {"type": "array", "items": FIGURE}},
-                    "summary": {"additionalProperties": SUMMARY},
-                    "ratio": {"additionalProperties": FIGURE},
-                },
-            },
-        },
+        "runs": {"type": "array", "items": RUN, "minItems": 1},
+        "targets": {"type": "object", "required": TARGET_KEYS, "additionalProperties": TARGET},
     },
 }
 
@@ -120,6 +142,7 @@ def fake_job(folder: Path, fail_at: Mapping[str, int] | None = None) -> Job:
         ],
         request={},
         judge=lambda: {"judged": 1.0},
+        facts={"sum_checked": False},
         references={},
         notes=["a note"],
     )
@@ -132,10 +155,15 @@ def speaking(code: str, peer: bool = True) -> Arm:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("bench") / "bench-seal.json"
-    settings = Settings(PARAMETERS, CLIENTS)
+    settings = Settings([PARAMETERS], [CLIENTS, MANY])
     run_benchmark(Console(file=io.StringIO()), BenchmarkName.SEAL, settings, file)
     value: dict[str, Any] = json.loads(file.read_text())
     return value
+
+
+@pytest.fixture(params=[0, 1], ids=["two clients", "more than are timed"])
+def run(report: dict[str, Any], request: pytest.FixtureRequest) -> Any:
+    return report["runs"][request.param]
 
 
 def arm_of(report: Mapping[str, Any], key: str) -> Any:
@@ -151,69 +179,231 @@ def median(report: Mapping[str, Any], key: str, metric: str) -> float:
 
 def test_the_report_fits_its_schema(report: dict[str, Any]) -> None:
     jsonschema.validate(report, SCHEMA)
-    keys = [metric["key"] for metric in report["metrics"]]
-    for arm in report["arms"]:
+    assert report["settings"] == {"parameters": [PARAMETERS], "clients": [CLIENTS, MANY], "repetitions": 5}
+    sizes = [(run["settings"]["parameters"], run["settings"]["clients"]) for run in report["runs"]]
+    assert sizes == [(PARAMETERS, CLIENTS), (PARAMETERS, MANY)]
+
+
+def test_a_run_holds_every_measurement(run: dict[str, Any]) -> None:
+    keys = [metric["key"] for metric in run["metrics"]]
+    for arm in run["arms"]:
         assert list(arm["samples"]) == list(arm["summary"]) == keys
-        for metric in report["metrics"]:
-            expected = 1 if metric["rehearsed"] else report["settings"]["repetitions"]
+        for metric in run["metrics"]:
+            expected = 1 if metric["rehearsed"] else run["settings"]["repetitions"]
             assert len(arm["samples"][metric["key"]]) == expected
-    assert report["settings"] == {"parameters": PARAMETERS, "clients": CLIENTS, "repetitions": 5}
 
 
-def test_all_arms_that_need_no_peer_are_measured_in_turn(report: dict[str, Any]) -> None:
-    assert report["order"] == ["exact16", "compact", "tenseal", "secagg"] * MIN_REPETITIONS
-    assert not any(arm["peer"] for arm in report["arms"])
+def test_all_arms_that_need_no_peer_are_measured_in_turn(run: dict[str, Any]) -> None:
+    assert run["order"] == ["exact16", "unmasked", "compact", "tenseal", "secagg"] * MIN_REPETITIONS
+    assert not any(arm["peer"] for arm in run["arms"])
 
 
-@pytest.mark.parametrize("preset", ["exact16", "compact"])
-def test_our_sums_are_exact_and_the_mean_is_within_a_grid_step(report: dict[str, Any], preset: str) -> None:
-    step = seal_rounds.UPDATE_RANGE / packing_for(preset, CLIENTS).half_levels
-    assert arm_of(report, preset)["samples"]["wrong_integer_sums"] == [0]
-    assert 0 < arm_of(report, preset)["summary"]["max_abs_error"]["max"] < step
+@pytest.mark.parametrize("key", OURS)
+def test_our_sums_are_exact_and_the_mean_is_within_a_grid_step(run: dict[str, Any], key: str) -> None:
+    preset = "compact" if key == "compact" else "exact16"
+    step = seal_rounds.UPDATE_RANGE / packing_for(preset, run["settings"]["clients"]).half_levels
+    assert run["sum_checked"]
+    assert arm_of(run, key)["samples"]["wrong_integer_sums"] == [0]
+    assert 0 < arm_of(run, key)["summary"]["max_abs_error"]["max"] < step
 
 
-def test_the_peers_sum_the_same_updates(report: dict[str, Any]) -> None:
-    assert arm_of(report, "tenseal")["summary"]["max_abs_error"]["max"] < 1e-5
-    assert arm_of(report, "secagg")["summary"]["max_abs_error"]["max"] < 1e-6
-    assert arm_of(report, "secagg")["samples"]["wrong_integer_sums"] == [0]
-    assert arm_of(report, "tenseal")["summary"]["wrong_integer_sums"] is None
+def test_the_peers_sum_the_same_updates(run: dict[str, Any]) -> None:
+    assert arm_of(run, "tenseal")["summary"]["max_abs_error"]["max"] < 1e-5
+    assert arm_of(run, "secagg")["summary"]["max_abs_error"]["max"] < 1e-6
+    assert arm_of(run, "secagg")["samples"]["wrong_integer_sums"] == [0]
+    assert arm_of(run, "tenseal")["summary"]["wrong_integer_sums"] is None
 
 
-def test_bytes_are_those_of_the_wire(report: dict[str, Any]) -> None:
-    for preset in ("exact16", "compact"):
-        packing = packing_for(preset, CLIENTS)
+def test_bytes_are_those_of_the_wire(run: dict[str, Any]) -> None:
+    clients = run["settings"]["clients"]
+    for key in OURS:
+        packing = packing_for("compact" if key == "compact" else "exact16", clients)
         upload = packing.frames_for(PARAMETERS) * packing.frame_bytes / PARAMETERS
-        assert median(report, preset, "upload_bytes_per_parameter") == pytest.approx(upload)
-        assert median(report, preset, "opening_bytes_per_parameter") == pytest.approx(CLIENTS * upload)
-        assert median(report, preset, "download_bytes_per_parameter") == 4.0
-    assert 8.0 < median(report, "secagg", "upload_bytes_per_parameter") < 8.1
-    assert median(report, "tenseal", "upload_bytes_per_parameter") > 50.0
-    assert arm_of(report, "secagg")["summary"]["opener_cpu_s"] is None
+        assert median(run, key, "upload_bytes_per_parameter") == pytest.approx(upload)
+        assert median(run, key, "opening_bytes_per_parameter") == pytest.approx(clients * upload)
+        assert median(run, key, "download_bytes_per_parameter") == 4.0
+    assert 8.0 < median(run, "secagg", "upload_bytes_per_parameter") < 8.1
+    assert median(run, "tenseal", "upload_bytes_per_parameter") > 50.0
+    assert arm_of(run, "secagg")["summary"]["opener_cpu_s"] is None
 
 
-def test_the_table_shows_every_arm_and_every_ratio(report: dict[str, Any]) -> None:
+def test_the_tables_show_every_arm_and_every_ratio(report: dict[str, Any], run: dict[str, Any]) -> None:
     console = Console(width=200, file=io.StringIO())
     with console.capture() as capture:
-        console.print(table(report))
+        console.print(table("seal", run))
     text = capture.get()
-    for arm in report["arms"]:
+    for arm in run["arms"]:
         assert arm["label"] in text
         ratio = arm["ratio"]["upload_bytes_per_parameter"]
         assert f"{ratio:.2f}x" in text or f"{ratio:.1f}x" in text
     lines = "\n".join(legend(report))
     assert "server sees the sum in clear" in lines
     assert "downloads all uploads" in lines
+    assert "without masks, for comparison with systems that have none" in lines
+    assert lines.count("downloads all uploads") == 1
 
 
 def test_a_cohort_that_no_preset_holds_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
     with pytest.raises(CapacityExceeded):
-        bench_seal.build(Settings(10, 300), tmp_path)
-    assert not list(tmp_path.iterdir())
+        run_benchmark(Console(), BenchmarkName.SEAL, Settings([10], [2, 300]), file)
+    assert not file.exists()
+
+
+def test_only_the_arm_that_says_so_is_without_masks() -> None:
+    update = np.linspace(-1, 1, 50, dtype=np.float32)
+    for key in OURS:
+        parties = seal_rounds.ROUNDS[key](3)
+        parties.add(0, parties.seal(0, update))
+        if key == "unmasked":
+            np.testing.assert_allclose(parties.open(()).mean, update, atol=1e-3)
+        else:
+            with pytest.raises(OpeningRefused):
+                parties.open(())
+
+
+@pytest.mark.parametrize("arm", sorted(seal_rounds.ROUNDS))
+def test_all_seal_once_then_only_those_that_are_timed(arm: str, tmp_path: Path) -> None:
+    """Kept uploads and fresh ones open to one sum; who is not timed costs a repetition nothing."""
+    job = bench_seal.build(Size(50, 10), None, tmp_path)
+    sealed: list[int] = []
+    added: list[int] = []
+
+    class Counted:
+        def __init__(self, clients: int) -> None:
+            self._inner = seal_rounds.ROUNDS[arm](clients)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def seal(self, index: int, update: Any) -> list[bytes]:
+            sealed.append(index)
+            return self._inner.seal(index, update)
+
+        def add(self, index: int, upload: list[bytes]) -> None:
+            added.append(index)
+            self._inner.add(index, upload)
+
+    player = bench_seal.Player(Counted)
+    for rehearsal in (True, False, False):
+        figures = player.measure({**job.request, "rehearsal": rehearsal})
+        assert (job.judge()["max_abs_error"] or 0.0) < 0.01
+        assert figures["wrong_integer_sums"] == (0.0 if rehearsal and arm != "tenseal" else None)
+        assert len(sealed) == (10 if rehearsal and arm != "tenseal" else bench_seal.SEALED)
+        assert sorted(added) == list(range(10))
+        sealed.clear()
+        added.clear()
+
+
+def test_a_sum_that_is_too_large_to_check_is_not_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench_seal.sum_is_checked(Size(10_000_000, 8))
+    assert not bench_seal.sum_is_checked(Size(10_000_000, 64))
+    monkeypatch.setattr(bench_seal, "MOST_VALUES", 1000)
+    result = run_job(bench_seal.build(Size(101, 10), None, tmp_path), 5)
+    jsonschema.validate(result, RUN)
+    assert result["sum_checked"] is False
+    assert bench_seal.UNCHECKED in result["notes"]
+    for arm in result["arms"]:
+        for metric in ("max_abs_error", "wrong_integer_sums", "opener_cpu_s", "peak_rss_mib"):
+            assert arm["summary"][metric] is None
+        assert arm["summary"]["client_cpu_s"]["median"] > 0
+    assert evaluate([result])["sum_exact"]["value"] is None
+
+
+# --- targets -----------------------------------------------------------------------------------------
+
+
+def made_run(parameters: int, clients: int, arms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """A run as the report holds it, from medians."""
+    metrics = [metric.key for metric in bench_seal.METRICS]
+    summaries = {
+        key: {m: {"median": medians[m]} if m in medians else None for m in metrics}
+        for key, medians in arms.items()
+    }
+    return {
+        "settings": {"parameters": parameters, "clients": clients},
+        "sum_checked": True,
+        "arms": [{"key": key, "summary": summary} for key, summary in summaries.items()],
+    }
+
+
+def ours(client: float = 1.3, wrong: float = 0.0) -> dict[str, dict[str, float]]:
+    def arm(client_s: float, up: float) -> dict[str, float]:
+        costs = {"client_cpu_s": client_s, "server_cpu_s": 1.0, "peak_rss_mib": 100.0}
+        return {**costs, "upload_bytes_per_parameter": up, "wrong_integer_sums": wrong}
+
+    return {"exact16": arm(client, 3.5), "unmasked": arm(1.0, 3.5), "compact": arm(0.9, 2.5)}
+
+
+NVFLARE = {"client_cpu_s": 7.0, "server_cpu_s": 5.0, "peak_rss_mib": 500.0}
+
+
+def test_targets_are_met_or_missed_by_what_was_measured() -> None:
+    runs = [
+        made_run(1_000_000, 8, {**ours(), "nvflare": NVFLARE}),
+        made_run(10_000_000, 2, {**ours(), "nvflare": NVFLARE}),
+    ]
+    entries = evaluate(runs)
+    assert list(entries) == TARGET_KEYS
+    values = {key: entry["value"] for key, entry in entries.items()}
+    assert values["encrypt_vs_nvflare"] == pytest.approx(1 / 7)
+    assert values["add_vs_nvflare"] == pytest.approx(1 / 5)
+    assert values["mask_overhead.8"] == pytest.approx(0.3)
+    assert values["rss_vs_nvflare.10M"] == pytest.approx(0.2)
+    assert entries["rss_vs_nvflare.10M"]["from"] == "10,000,000 parameters, 2 clients"
+    missed = {key for key, entry in entries.items() if not entry["met"]}
+    assert missed == {"bytes_up.compact", "add_vs_nvflare"}
+
+
+def test_the_worst_run_counts() -> None:
+    runs = [
+        made_run(n, 8, {**ours(client), "nvflare": NVFLARE})
+        for n, client in ((1_000_000, 1.2), (2_000_000, 1.5), (3_000_000, 1.1))
+    ]
+    entry = evaluate(runs)["mask_overhead.8"]
+    assert (entry["met"], entry["from"]) == (False, "2,000,000 parameters, 8 clients")
+    assert entry["value"] == pytest.approx(0.5)
+
+
+def test_what_was_not_measured_has_no_value() -> None:
+    entries = evaluate([made_run(1_000_000, 8, ours())])
+    for key in ("encrypt_vs_nvflare", "add_vs_nvflare"):
+        assert (entries[key]["value"], entries[key]["met"]) == (None, None)
+        assert entries[key]["reason"] == "the peer was not measured"
+    assert "no run with 10,000,000" in entries["rss_vs_nvflare.10M"]["reason"]
+    small = evaluate([made_run(1000, 8, {**ours(), "nvflare": NVFLARE})])
+    assert all(small[target.key]["value"] is None for target in TARGETS)
+
+
+@pytest.mark.parametrize("wrong", [1.0, None])
+def test_one_wrong_sum_or_one_that_nobody_compared_is_not_exact(wrong: float | None) -> None:
+    arms = ours()
+    if wrong is None:
+        del arms["compact"]["wrong_integer_sums"]
+    else:
+        arms["compact"]["wrong_integer_sums"] = wrong
+    entry = evaluate([made_run(10, 2, ours()), made_run(10, 8, arms)])["sum_exact"]
+    assert (entry["value"], entry["met"]) == (False, False)
+
+
+def test_a_missed_target_is_printed_as_missed() -> None:
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(targets_table(evaluate([made_run(1_000_000, 8, ours())])))
+    rows = {line.split(":")[0].strip(): line for line in capture.get().splitlines() if ":" in line}
+    assert " missed " in rows["bytes_up.compact"]
+    assert " met " in rows["bytes_up.exact16"]
+    assert "the peer was not measured" in rows["add_vs_nvflare"]
+
+
+# --- the judge ---------------------------------------------------------------------------------------
 
 
 def test_a_mean_is_judged_by_this_process_and_never_twice(tmp_path: Path) -> None:
-    mean = bench_seal.write_updates(tmp_path / "updates", 100, 3)
-    stored = np.fromfile(tmp_path / "updates", dtype="<f4").reshape(3, 100)
+    mean = bench_seal.write_updates(tmp_path / "updates", 100, 7)
+    stored = np.fromfile(tmp_path / "updates", dtype="<f4").reshape(4, 100)[[0, 1, 2, 3, 0, 1, 2]]
     np.testing.assert_allclose(stored.mean(axis=0, dtype=np.float64), mean, atol=1e-12)
     result = tmp_path / "mean"
     (mean + 0.5).tofile(result)
@@ -232,28 +422,26 @@ def test_a_mean_that_is_none_is_refused(tmp_path: Path, wrong: Any) -> None:
 @pytest.mark.parametrize("arm", sorted(seal_rounds.ROUNDS))
 def test_a_sum_that_lost_a_client_does_not_pass(arm: str, tmp_path: Path) -> None:
     """What would be reported as exact if nobody compared."""
-    updates, result = tmp_path / "updates", tmp_path / "mean"
-    mean = bench_seal.write_updates(updates, 50, 2)
-    request = {"updates": updates, "result": result, "parameters": 50, "clients": 2}
+    job = bench_seal.build(Size(50, 2), None, tmp_path)
 
     class Forgetful:
-        def __init__(self, clients: int, rehearsal: bool) -> None:
-            self._inner = seal_rounds.ROUNDS[arm](clients, rehearsal)
+        def __init__(self, clients: int) -> None:
+            self._inner = seal_rounds.ROUNDS[arm](clients)
             self._added = 0
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._inner, name)
 
-        def add(self, upload: list[bytes]) -> None:
+        def add(self, index: int, upload: list[bytes]) -> None:
             self._added += 1
             if self._added == 1:
-                self._inner.add(upload)
+                self._inner.add(index, upload)
 
     try:
-        bench_seal.measure(Forgetful, request)
+        bench_seal.Player(Forgetful).measure(job.request)
     except FedsealError:
         return
-    assert (bench_seal.judge(result, mean)["max_abs_error"] or 0.0) > 0.01
+    assert (job.judge()["max_abs_error"] or 0.0) > 0.01
 
 
 # --- the harness -------------------------------------------------------------------------------------
@@ -261,7 +449,7 @@ def test_a_sum_that_lost_a_client_does_not_pass(arm: str, tmp_path: Path) -> Non
 
 def test_arms_are_measured_in_turn_after_one_rehearsal_each(tmp_path: Path) -> None:
     told: list[str] = []
-    result = run_job("fake", fake_job(tmp_path), 5, told.append)
+    result = run_job(fake_job(tmp_path), 5, told.append)
     lines = (tmp_path / "log").read_text().split("\n")[:-1]
     assert [line.split()[0] for line in lines] == ["a*", "b*", "c*", *(["a", "b", "c"] * 5)]
     assert result["order"] == ["a", "b", "c"] * 5
@@ -270,7 +458,7 @@ def test_arms_are_measured_in_turn_after_one_rehearsal_each(tmp_path: Path) -> N
 
 
 def test_samples_are_kept_and_summarized(tmp_path: Path) -> None:
-    first = run_job("fake", fake_job(tmp_path), 5)["arms"][0]
+    first = run_job(fake_job(tmp_path), 5)["arms"][0]
     assert first["samples"]["cost"] == [2.0, 4.0, 6.0, 8.0, 10.0]
     assert first["summary"]["cost"] == {"median": 6.0, "min": 2.0, "max": 10.0}
     assert first["samples"]["checked"] == [7.0]
@@ -281,9 +469,9 @@ def test_samples_are_kept_and_summarized(tmp_path: Path) -> None:
 
 
 def test_no_process_is_left(tmp_path: Path) -> None:
-    run_job("fake", fake_job(tmp_path), 5)
+    run_job(fake_job(tmp_path), 5)
     with pytest.raises(BenchmarkFailed, match="b: the program ended"):
-        run_job("fake", fake_job(tmp_path, {"b": 2}), 5)
+        run_job(fake_job(tmp_path, {"b": 2}), 5)
     pids = {int(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines()}
     assert len(pids) == 6
     for pid in pids:
@@ -293,12 +481,33 @@ def test_no_process_is_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"parameters": 0}, {"clients": 1}, {"repetitions": 4}],
+    [
+        {"parameters": [10, 0]},
+        {"clients": [1]},
+        {"repetitions": 4},
+        {"peers": Path(), "peer_python": Path()},
+    ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_impossible_settings_are_refused(settings: dict[str, int]) -> None:
+def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(BenchmarkFailed):
-        Settings(**settings)  # type: ignore[arg-type]
+        Settings(**settings)
+
+
+def test_every_length_is_run_with_every_number_of_clients_and_none_twice() -> None:
+    sizes = Settings([5, 7, 5], [2, 3]).sizes
+    assert sizes == [Size(5, 2), Size(5, 3), Size(7, 2), Size(7, 3)]
+
+
+def test_a_folder_of_peers_names_the_same_python(tmp_path: Path) -> None:
+    python = tmp_path / "nvflare" / "bin" / "python"
+    with pytest.raises(PeerUnusable, match="nvflare/bin/python"):
+        Settings(peers=tmp_path)
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    assert Settings(peers=tmp_path).peer == python
+    assert Settings(peer_python=python).peer == python
+    assert Settings().peer is None
 
 
 def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -401,10 +610,10 @@ def test_the_peers_script_stands_alone() -> None:
 
 @pytest.mark.skipif("FEDSEAL_PEER_PYTHON" not in os.environ, reason="FEDSEAL_PEER_PYTHON is not set")
 def test_nvflares_own_classes_are_measured_in_turn(tmp_path: Path) -> None:
-    settings = Settings(PARAMETERS, CLIENTS, peer_python=Path(os.environ["FEDSEAL_PEER_PYTHON"]))
-    result = run_job("seal", bench_seal.build(settings, tmp_path), 5)
-    jsonschema.validate(result, SCHEMA)
-    assert result["order"][:5] == ["exact16", "compact", "tenseal", "nvflare", "secagg"]
+    peer_python = Path(os.environ["FEDSEAL_PEER_PYTHON"])
+    result = run_job(bench_seal.build(Size(PARAMETERS, MANY), peer_python, tmp_path), 5)
+    jsonschema.validate(result, RUN)
+    assert result["order"][:6] == ["exact16", "unmasked", "compact", "tenseal", "nvflare", "secagg"]
     peer = arm_of(result, "nvflare")
     assert peer["peer"]
     assert peer["versions"]["nvflare"] == "2.9.0"

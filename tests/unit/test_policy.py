@@ -134,3 +134,10 @@ def test_no_privacy_is_possible_when_the_owner_asks_for_it() -> None:
 def test_an_unresolved_plan_is_not_admitted() -> None:
     with pytest.raises(PlanInvalid):
         admit(Policy.from_toml(TEXT), make_plan({"target_epsilon": 8.0}))
+
+
+def test_the_compatibility_scheme_must_be_allowed_by_name() -> None:
+    plan = make_plan(encryption={"preset": "ckks"})
+    with pytest.raises(PolicyRefused, match=r"plans\.allow_ckks"):
+        admit(Policy.from_toml(TEXT), plan)
+    admit(Policy.from_toml(TEXT.replace("[plans]", "[plans]\nallow_ckks = true")), plan)

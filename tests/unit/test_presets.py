@@ -18,7 +18,7 @@ from crypto.presets import (
 )
 from protocol.errors import CapacityExceeded, EncryptionUnavailable
 
-NAMES = sorted(PRESETS)
+NAMES = [name for name in sorted(PRESETS) if PRESETS[name].scheme == "BFV"]
 LIMITS = {name: PRESETS[name].plain_bits[-1][0] for name in NAMES}
 COHORTS = [
     (name, cohort)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from crypto.bfv import BfvContext, pack_bits, unpack_bits
-from crypto.masks import MaskContext, Masks
+from crypto.masks import MaskContext
 from crypto.packing import mean_update
 from crypto.presets import PRESETS, packing_for
-from crypto.sealing import open_frames, seal_frames
+from crypto.sealing import masks_for, open_frames, seal_frames
 from crypto.secret import BfvKey, self_test
 from protocol.errors import CapacityExceeded, FrameInvalid, OpeningRefused
 
@@ -19,6 +19,8 @@ CASES = [
     ("fine", 64, 3.77),
     ("wide", 8, 3.90),
     ("wide", 1024, 3.90),
+    ("ckks", 8, 25.1),
+    ("ckks", 256, 25.1),
 ]
 
 
@@ -40,7 +42,7 @@ def test_a_sealed_sum_is_the_plain_sum(name: str, cohort: int, largest: float) -
     sealed = []
     for own, update in zip(names, updates, strict=True):
         peers = {peer: chains[frozenset((own, peer))] for peer in names if peer != own}
-        frames = seal_frames(update, 1.0, rng.random, Masks(own, peers, mask), key)
+        frames = seal_frames(update, 1.0, rng.random, masks_for(packing, own, peers, mask), key)
         sealed.append(list(frames))
     sums = open_frames(list(zip(*sealed, strict=True)), count, key)
     mean = mean_update(sums, len(names), 1.0, packing)
@@ -60,11 +62,11 @@ def test_packing_bits_is_reversible_and_has_no_gaps(bits: int) -> None:
     assert data == whole.to_bytes(len(data), "little")
 
 
-@pytest.mark.parametrize("name", ["fine", "wide"])
+@pytest.mark.parametrize("name", ["fine", "wide", "ckks"])
 def test_a_residue_at_its_prime_is_refused(name: str) -> None:
     packing = packing_for(name, 8)
     context = BfvContext(packing)
-    frame = BfvKey.generate(context).encrypt(np.zeros(4096, dtype=np.uint64))
+    frame = BfvKey.generate(context).encrypt(np.zeros(packing.preset.slots, dtype=np.uint64))
     words = context.residues(frame[64:])
     words[-1] = packing.preset.coefficient_moduli[-1]
     with pytest.raises(FrameInvalid):

@@ -139,7 +139,7 @@ def values_for(packing: Packing, parameters: int, multiplier: int) -> NDArray[np
 def packing_vectors() -> dict[str, Any]:
     """Slots of known integers, for every preset: a few in full, all of them by their hash."""
     entries = []
-    for name in sorted(PRESETS):
+    for name in (one for one in sorted(PRESETS) if PRESETS[one].scheme == "BFV"):
         for cohort, parameters in ((3, 10), (8, 20_000), (256, 8185)):
             packing = packing_for(name, cohort)
             slots = pack(values_for(packing, parameters, MULTIPLIER), packing)
