@@ -108,18 +108,26 @@ def simulate(
 def bench(
     name: Annotated[BenchmarkName, typer.Argument(help="Benchmark; see docs/benchmarks.md.")],
     file: Annotated[Path, typer.Option("--json", help="File for all figures.", dir_okay=False)],
-    parameters: Annotated[int, typer.Option(min=1, help="Length of an update.")] = 1_000_000,
-    clients: Annotated[int, typer.Option(min=2, help="Clients of one sum.")] = 8,
+    parameters: Annotated[
+        list[int] | None, typer.Option(min=1, help="Length of an update (1000000); may be repeated.")
+    ] = None,
+    clients: Annotated[
+        list[int] | None, typer.Option(min=2, help="Clients of one sum (8); may be repeated.")
+    ] = None,
     repeat: Annotated[int, typer.Option(min=5, help="Measurements of every program.")] = 5,
     peer_python: Annotated[
         Path | None, typer.Option(help="Python of another environment that holds a peer.")
+    ] = None,
+    peers: Annotated[
+        Path | None, typer.Option(help="Folder with an environment per peer: nvflare/bin/python.")
     ] = None,
 ) -> None:
     """Measure fedseal beside other systems, interleaved, by CPU time, bytes and memory."""
     from scenarios.bench import run_benchmark
     from scenarios.bench_arms import Settings
 
-    run_benchmark(console, name, Settings(parameters, clients, repeat, peer_python), file)
+    lengths, cohorts = parameters or [1_000_000], clients or [8]
+    run_benchmark(console, name, Settings(lengths, cohorts, repeat, peer_python, peers), file)
 
 
 # --- parties -----------------------------------------------------------------------------------------

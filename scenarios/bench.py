@@ -26,6 +26,7 @@ from rich.table import Table
 
 from protocol.errors import BenchmarkFailed
 from scenarios.bench_arms import ArmProcess, Figures, Job, Settings
+from scenarios.bench_targets import evaluate, targets_table
 
 _PACKAGES: Final = ("fedseal", "numpy", "tenseal", "flwr", "cryptography", "zstandard")
 
@@ -37,42 +38,70 @@ class BenchmarkName(StrEnum):
 
 
 def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, file: Path) -> None:
-    """Run a benchmark, write its report as JSON, and print its table.
+    """Run a benchmark in all sizes, write its report as JSON, print a table per size and one of targets.
 
     Raises:
         BenchmarkFailed: An arm of our own ended, or the file cannot be written.
+        CapacityExceeded: A size is beyond what a preset holds; nothing was measured then.
         PeerUnusable: The peer's environment does not hold what the benchmark needs.
     """
+    # imported here: the command line shows its help without numpy and the encryption library
+    from scenarios import bench_seal
+
+    builders = {BenchmarkName.SEAL: bench_seal.build}
+    checks = {BenchmarkName.SEAL: bench_seal.require_capacity}
+    evaluators = {BenchmarkName.SEAL: evaluate}
     if file.is_dir() or not file.parent.is_dir():
         raise BenchmarkFailed("--json must name a file in a folder that exists")
-    with tempfile.TemporaryDirectory(prefix="fedseal-bench-") as folder:
-        job = _build(name, settings, Path(folder))
-        with console.status("starting the arms") as status:
-            report = run_job(name.value, job, settings.repetitions, status.update)
+    checks[name](settings.sizes)
+    runs = []
+    for size in settings.sizes:
+        with tempfile.TemporaryDirectory(prefix="fedseal-bench-") as folder:
+            job = builders[name](size, settings.peer, Path(folder))
+            with console.status("starting the arms") as status:
+                runs.append(run_job(job, settings.repetitions, status.update))
+    report = make_report(name.value, settings, runs, evaluators[name](runs))
     try:
         file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError:
         raise BenchmarkFailed("the file that --json names cannot be written") from None
-    console.print(table(report))
+    for run in runs:
+        console.print(table(name.value, run))
     for line in legend(report):
         console.print(line, markup=False)
+    console.print()
+    console.print(targets_table(report["targets"]))
 
 
-def run_job(
-    name: str, job: Job, repetitions: int, progress: Callable[[str], None] = lambda _: None
+def make_report(
+    name: str, settings: Settings, runs: Sequence[Mapping[str, Any]], targets: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Measure all arms, interleaved, and return the report, a JSON value.
+    """Return the report of all runs, a JSON value."""
+    chosen = {"parameters": list(settings.parameters), "clients": list(settings.clients)}
+    return {
+        "benchmark": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "versions": _versions(),
+        "settings": {**chosen, "repetitions": settings.repetitions},
+        "runs": list(runs),
+        "targets": dict(targets),
+    }
+
+
+def run_job(job: Job, repetitions: int, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Measure all arms, interleaved, and return the run, a JSON value.
 
     All arms are started first, so that a peer that cannot be used ends the run before anything is measured.
     Each then rehearses once, which warms it up and checks what cannot be checked while it is measured.
+    Arms are started anew for every run, so that memory of one does not count in the next.
 
     Args:
-        name: Name of the benchmark.
         job: What to measure.
         repetitions: Measurements of every arm.
         progress: Told in one line what is measured next.
     """
-    machine: dict[str, Any] = {**_machine(), "load_average_start": list(os.getloadavg())}
+    load_start = list(os.getloadavg())
     samples: dict[str, list[Figures]] = {arm.key: [] for arm in job.arms}
     order = []
     with ExitStack() as stack:
@@ -90,11 +119,10 @@ def run_job(
                 order.append(process.arm.key)
         ready = [process.ready for process in processes]
     return {
-        "benchmark": name,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {**machine, "load_average_end": list(os.getloadavg())},
-        "versions": _versions(),
         "settings": {**job.settings, "repetitions": repetitions},
+        **job.facts,
+        "load_average_start": load_start,
+        "load_average_end": list(os.getloadavg()),
         "references": dict(job.references),
         "metrics": [asdict(metric) for metric in job.metrics],
         "order": order,
@@ -109,8 +137,8 @@ def summarize(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"median": statistics.median(known), "min": min(known), "max": max(known)} if known else None
 
 
-def table(report: Mapping[str, Any]) -> Table:
-    """Lay a report out: one row per metric, one column per arm.
+def table(name: str, run: Mapping[str, Any]) -> Table:
+    """Lay a run out: one row per metric, one column per arm.
 
     A cell holds the median and its ratio to the first arm's median; below, the least and greatest value.
     """
@@ -118,38 +146,31 @@ def table(report: Mapping[str, Any]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        title=_title(report),
+        title=_title(name, run),
         title_justify="left",
     )
     result.add_column("")
-    for arm in report["arms"]:
+    for arm in run["arms"]:
         result.add_column(arm["label"], justify="right")
-    for metric in report["metrics"]:
-        result.add_row(metric["label"], *(_cell(arm, metric) for arm in report["arms"]))
+    for metric in run["metrics"]:
+        result.add_row(metric["label"], *(_cell(arm, metric) for arm in run["arms"]))
     return result
 
 
 def legend(report: Mapping[str, Any]) -> list[str]:
-    """Return what must stand below the table: where, when and what was measured."""
-    machine = report["machine"]
-    load = f"{machine['load_average_start'][0]:.1f} to {machine['load_average_end'][0]:.1f}"
+    """Return what must stand below the tables: where, when and what was measured."""
+    machine, runs = report["machine"], report["runs"]
+    loads = [run[key][0] for run in runs for key in ("load_average_start", "load_average_end")]
     return [
-        f"{report['date']}, {machine['cpu_model']}, {machine['cores']} cores, load {load}",
-        *(f"{arm['label']}: {arm['description']} ({_named(arm['versions'])})" for arm in report["arms"]),
-        *report["notes"],
+        f"{report['date']}, {machine['cpu_model']}, {machine['cores']} cores,"
+        f" load {min(loads):.1f} to {max(loads):.1f}",
+        *(f"{a['label']}: {a['description']} ({_named(a['versions'])})" for a in runs[0]["arms"]),
+        *dict.fromkeys(note for run in runs for note in run["notes"]),
     ]
 
 
 def _named(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _build(name: BenchmarkName, settings: Settings, folder: Path) -> Job:
-    # imported here: the command line shows its help without numpy and the encryption library
-    from scenarios import bench_seal
-
-    builders = {BenchmarkName.SEAL: bench_seal.build}
-    return builders[name](settings, folder)
 
 
 def _arms(
@@ -203,9 +224,12 @@ def _cell(arm: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
     return shown if least == most else f"{shown}\n{least}-{most}"
 
 
-def _title(report: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
-    return f"{report['benchmark']}: {settings}"
+def _title(name: str, run: Mapping[str, Any]) -> str:
+    settings = ", ".join(
+        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
+        for key, value in run["settings"].items()
+    )
+    return f"{name}: {settings}"
 
 
 def _machine() -> dict[str, Any]:

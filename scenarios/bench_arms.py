@@ -33,26 +33,63 @@ _ROOT: Final = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a person chooses for one run.
+class Size:
+    """The size of one run.
 
     Attributes:
         parameters: Length of an update, at least 1.
         clients: Clients of one sum, at least 2.
-        repetitions: Measurements of every arm, at least `MIN_REPETITIONS`.
-        peer_python: Python of another environment that holds a peer, or None to leave that peer out.
     """
 
-    parameters: int = 1_000_000
-    clients: int = 8
+    parameters: int
+    clients: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person chooses; every length is run with every number of clients.
+
+    Attributes:
+        parameters: Lengths of an update, each at least 1.
+        clients: Numbers of clients of one sum, each at least 2.
+        repetitions: Measurements of every arm, at least `MIN_REPETITIONS`.
+        peer_python: Python of another environment that holds a peer, or None to leave that peer out.
+        peers: Folder with an environment per peer, ``nvflare/bin/python``; the other way to name it.
+
+    Raises:
+        BenchmarkFailed: A number is too small, or the peer is named in both ways.
+        PeerUnusable: The folder has no such environment.
+    """
+
+    parameters: Sequence[int] = (1_000_000,)
+    clients: Sequence[int] = (8,)
     repetitions: int = MIN_REPETITIONS
     peer_python: Path | None = None
+    peers: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.parameters < 1 or self.clients < 2 or self.repetitions < MIN_REPETITIONS:
+        if min(self.parameters) < 1 or min(self.clients) < 2 or self.repetitions < MIN_REPETITIONS:
             raise BenchmarkFailed(
                 f"it takes a parameter, two clients and {MIN_REPETITIONS} repetitions at the least"
             )
+        if self.peers is not None and self.peer_python is not None:
+            raise BenchmarkFailed("give --peers or --peer-python, not both")
+        if self.peers is not None and not self._in_folder(self.peers).exists():
+            raise PeerUnusable("the folder that --peers names holds no nvflare/bin/python")
+
+    @property
+    def sizes(self) -> list[Size]:
+        """All runs, in the order given, none twice."""
+        return [Size(n, k) for n in dict.fromkeys(self.parameters) for k in dict.fromkeys(self.clients)]
+
+    @property
+    def peer(self) -> Path | None:
+        """The peer's Python, however it was named."""
+        return self.peer_python if self.peers is None else self._in_folder(self.peers)
+
+    @staticmethod
+    def _in_folder(folder: Path) -> Path:
+        return folder.absolute() / "nvflare" / "bin" / "python"
 
 
 @dataclass(frozen=True)
@@ -105,6 +142,7 @@ class Job:
         metrics: The rows of the result.
         request: What every arm is asked, in every repetition; the rehearsal adds ``"rehearsal": true``.
         judge: Called after every answer; returns the figures that no arm states about itself.
+        facts: What else a reader must know of this run; goes into the report as it is.
         references: Fixed figures to read the result against.
         notes: Sentences without which the table would mislead.
     """
@@ -114,6 +152,7 @@ class Job:
     metrics: Sequence[Metric]
     request: Mapping[str, object]
     judge: Callable[[], Figures]
+    facts: Mapping[str, object]
     references: Mapping[str, float]
     notes: Sequence[str]
 

@@ -1,7 +1,8 @@
 """All parties of one round of secure aggregation, in several schemes; the benchmark `seal` plays them.
 
 Each class calls the functions that its product calls, in the same order. Keys, pair seeds and contexts that
-live longer than a round are made by the constructor; everything else is part of a round.
+live longer than a round are made by the constructor; everything else is part of a round. `begin` starts the
+same round anew, so that some clients can seal again while the others' uploads are kept.
 """
 
 from __future__ import annotations
@@ -45,10 +46,16 @@ class Round(Protocol):
     Attributes:
         clients_open: Whether clients open the sum; else the server sees it.
         download_all: Whether an opener needs all uploads besides what every client gets.
+        reusable: Whether one upload may be added in the place of another client's. Masks forbid it, and so
+            does an opener that refuses copies.
     """
 
     clients_open: bool
     download_all: bool
+    reusable: bool
+
+    def begin(self, *, rehearsal: bool) -> None:
+        """Forget what was added. A rehearsal keeps what `sealed_integers` needs."""
 
     def seal(self, index: int, update: NDArray[np.float32]) -> list[bytes]:
         """Turn one client's update, float32 (n,), into bytes."""
@@ -56,8 +63,8 @@ class Round(Protocol):
     def sealed_integers(self, update: NDArray[np.float32]) -> NDArray[np.int64] | None:
         """Return what the last `seal` of a rehearsal encoded, int64 (n,); None if the scheme is inexact."""
 
-    def add(self, upload: list[bytes]) -> None:
-        """Check and add one upload, as the server."""
+    def add(self, index: int, upload: list[bytes]) -> None:
+        """Check and add the upload of one client, as the server."""
 
     def finish(self) -> Sequence[bytes]:
         """End the sum as the server and return what every client downloads, if the server knows it."""
@@ -71,13 +78,14 @@ class FedsealRound:
 
     clients_open = True
     download_all = True
+    reusable = False
 
-    def __init__(self, preset: str, clients: int, rehearsal: bool) -> None:
+    def __init__(self, preset: str, masked: bool, clients: int) -> None:
         self._packing = packing_for(preset, clients)
         self._server = BfvContext(self._packing)
         self._key = BfvKey.generate(self._server).residues()
         self._names = [digest(index) for index in range(clients)]
-        self._pairs = _pair_secrets(clients)
+        self._pairs = _pair_secrets(clients) if masked else {}
         self._context = MaskContext(
             session=digest("session"),
             attempt=1,
@@ -86,22 +94,26 @@ class FedsealRound:
             model_hash=digest("model"),
             plain_modulus=self._packing.plain_modulus,
         )
+        self._hashes: dict[int, str] = {}
+        self._parameters = 0
+        self.begin(rehearsal=False)
+
+    def begin(self, *, rehearsal: bool) -> None:
+        """Forget sums and uploads; digests stay, for uploads of the same round that are added again."""
         self._rehearsal = rehearsal
         self._drawn: list[Floats] = []
         self._totals: list[Any] = []
-        self._uploads: list[bytes] = []
-        self._hashes: list[str] = []
-        self._parameters = 0
+        self._uploads: dict[int, bytes] = {}
 
     def seal(self, index: int, update: NDArray[np.float32]) -> list[bytes]:
-        """Quantize, pack, mask with all other clients, encrypt, and hash for the header."""
-        others = (other for other in range(len(self._names)) if other != index)
-        chains = {self._names[other]: self._pairs[frozenset((index, other))] for other in others}
+        """Quantize, pack, mask with all other clients if there are masks, encrypt, and hash."""
+        pairs = {other: frozenset((index, other)) for other in range(len(self._names)) if other != index}
+        chains = {self._names[o]: self._pairs[pair] for o, pair in pairs.items() if pair in self._pairs}
         masks = Masks(self._names[index], chains, self._context)
         key = BfvKey.from_residues(BfvContext(self._packing), self._key)
         uniforms = self._recorded() if self._rehearsal else SecureStream().uniform
         frames = list(seal_frames(update.astype(np.float64), UPDATE_RANGE, uniforms, masks, key))
-        self._hashes.append(_frames_hash(frames))
+        self._hashes[index] = _frames_hash(frames)
         self._parameters = update.size
         return [b"".join(frames)]
 
@@ -110,27 +122,30 @@ class FedsealRound:
         uniforms = np.concatenate(self._drawn)
         return quantize(update.astype(np.float64), UPDATE_RANGE, self._packing, uniforms).astype(np.int64)
 
-    def add(self, upload: list[bytes]) -> None:
-        """Compare digests, check residues, add."""
+    def add(self, index: int, upload: list[bytes]) -> None:
+        """Compare digests, check residues, add; residues twice, as the server does: it refuses first."""
         (blob,) = upload
         frames = self._server.split(blob, self._packing.frames_for(self._parameters))
-        if _frames_hash(frames) != self._hashes[len(self._uploads)]:
+        if _frames_hash(frames) != self._hashes[index]:
             raise FrameInvalid("frames are not the ones whose digest was signed")
+        for frame in frames:
+            self._server.check(frame)
         running = self._totals or [None] * len(frames)
         self._totals = [self._server.add(total, f) for total, f in zip(running, frames, strict=True)]
-        self._uploads.append(blob)
+        self._uploads[index] = blob
 
     def finish(self) -> Sequence[bytes]:
-        """Do nothing: only openers make what clients download."""
+        """Drop the server's sum: only openers make what clients download."""
+        self._totals = []
         return ()
 
     def open(self, download: Sequence[bytes]) -> Opened:
         """Check digests and residues of all uploads, add them, decrypt, and check what opens."""
         context = BfvContext(self._packing)
         count, clients = self._packing.frames_for(self._parameters), len(self._uploads)
-        frames = context.split(b"".join(self._uploads), count * clients)
+        frames = context.split(b"".join(self._uploads.values()), count * clients)
         rows = [frames[start : start + count] for start in range(0, len(frames), count)]
-        if [_frames_hash(row) for row in rows] != self._hashes:
+        if [_frames_hash(row) for row in rows] != [self._hashes[index] for index in self._uploads]:
             raise FrameInvalid("frames are not the ones whose digest was signed")
         if len({digest_bytes(frame) for frame in frames}) != len(frames):
             raise FrameInvalid("a frame occurs twice")
@@ -153,9 +168,10 @@ class TensealRound:
 
     clients_open = True
     download_all = False
+    reusable = True
     _SLOTS: Final = 4096
 
-    def __init__(self, clients: int, rehearsal: bool) -> None:
+    def __init__(self, clients: int) -> None:
         import tenseal
 
         self._tenseal = tenseal
@@ -171,6 +187,10 @@ class TensealRound:
             save_public_key=False, save_secret_key=False, save_galois_keys=False, save_relin_keys=True
         )
         self._server = tenseal.context_from(public)
+        self.begin(rehearsal=False)
+
+    def begin(self, *, rehearsal: bool) -> None:
+        """Forget the sum."""
         self._totals: list[Any] = []
 
     def seal(self, index: int, update: NDArray[np.float32]) -> list[bytes]:
@@ -183,7 +203,7 @@ class TensealRound:
     def sealed_integers(self, update: NDArray[np.float32]) -> None:
         """Return None: CKKS sums approximate numbers."""
 
-    def add(self, upload: list[bytes]) -> None:
+    def add(self, index: int, upload: list[bytes]) -> None:
         """Load and add."""
         vectors = [self._tenseal.ckks_vector_from(self._server, part) for part in upload]
         if not self._totals:
@@ -214,10 +234,11 @@ class SecAggRound:
 
     clients_open = False
     download_all = False
+    reusable = False
     _TARGET: Final = 1 << 22
     _MODULUS: Final = 1 << 32
 
-    def __init__(self, clients: int, rehearsal: bool) -> None:
+    def __init__(self, clients: int) -> None:
         from flwr import common
         from flwr.common.secure_aggregation import ndarrays_arithmetic, quantization, secaggplus_utils
 
@@ -226,6 +247,10 @@ class SecAggRound:
         self._clients = clients
         self._private = [os.urandom(32) for _ in range(clients)]
         self._pairs = _pair_secrets(clients)
+        self.begin(rehearsal=False)
+
+    def begin(self, *, rehearsal: bool) -> None:
+        """Forget the sum."""
         self._rehearsal = rehearsal
         self._quantized: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._total: list[NDArray[Any]] = []
@@ -256,7 +281,7 @@ class SecAggRound:
         """Return what `seal` kept."""
         return self._quantized
 
-    def add(self, upload: list[bytes]) -> None:
+    def add(self, index: int, upload: list[bytes]) -> None:
         """Load and add."""
         arrays = [self._wire.bytes_to_ndarray(part) for part in upload]
         self._total = self._arrays.parameters_addition(self._total, arrays) if self._total else arrays
@@ -279,9 +304,10 @@ class SecAggRound:
         return self._opened
 
 
-ROUNDS: Final[Mapping[str, Callable[[int, bool], Round]]] = {
-    "exact16": partial(FedsealRound, "exact16"),
-    "compact": partial(FedsealRound, "compact"),
+ROUNDS: Final[Mapping[str, Callable[[int], Round]]] = {
+    "exact16": partial(FedsealRound, "exact16", True),
+    "unmasked": partial(FedsealRound, "exact16", False),
+    "compact": partial(FedsealRound, "compact", True),
     "tenseal": TensealRound,
     "secagg": SecAggRound,
 }
