@@ -21,11 +21,11 @@ from crypto.agreement import (
     wrap_digests,
     wraps_hash,
 )
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.graph import graph_seed
 from crypto.masks import first_chain_key
 from crypto.presets import packing_for
-from crypto.secret import BfvKey, self_test
+from crypto.secret import SealKey, self_test
 from crypto.signing import sign
 from protocol.accounting import require_target
 from protocol.encoding import digest, digest_bytes
@@ -87,7 +87,7 @@ def check_plan(owner: Owner, plan: Plan) -> GlobalModel:
     if plan.privacy.noise == "local" and plan.privacy.noise_multiplier is None:
         raise PlanInvalid("privacy.noise_multiplier: a plan that is sent must be resolved")
     require_target(plan)
-    self_test(BfvContext(packing_for(plan.encryption.preset, plan.cohort.maximum)))
+    self_test(SealContext(packing_for(plan.encryption.preset, plan.cohort.maximum)))
     admit(owner.policy, plan)
     model = GlobalModel.initial(owner.task(plan).initial_weights(plan))
     if model.sha256() != plan.model.initial_sha256:
@@ -138,8 +138,8 @@ def _wrap_for_peers(
     keys: dict[str, bytes] = {}
     residues, commitment = None, None
     if own == members[0].join.signer:
-        context = BfvContext(packing_for(plan.encryption.preset, plan.cohort.maximum))
-        bfv_key = BfvKey.generate(context)
+        context = SealContext(packing_for(plan.encryption.preset, plan.cohort.maximum))
+        bfv_key = SealKey.generate(context)
         residues, commitment = bfv_key.residues(), bfv_key.commitment()
         keys = {
             peer: wrap(key, residues, WrapContext(state.run, roster_hash, own, peer, "bfv"))
@@ -238,7 +238,7 @@ def _dealt_key(
     else:
         context = WrapContext(state.run, str(state.roster_hash), dealer, own, "bfv")
         residues = hpke_key.unwrap(request.key or b"", context)
-    bfv = BfvContext(packing_for(plan.encryption.preset, plan.cohort.maximum))
-    if BfvKey.from_residues(bfv, residues).commitment() != signed[dealer].key_commitment:
+    bfv = SealContext(packing_for(plan.encryption.preset, plan.cohort.maximum))
+    if SealKey.from_residues(bfv, residues).commitment() != signed[dealer].key_commitment:
         raise ProtocolViolation("the encryption key is not the one that the dealer committed to")
     return residues

@@ -18,13 +18,13 @@ from client.owner import Owner, PendingUpdate
 from client.state import Outcome, RunState
 from client.training import local_update
 from crypto.agreement import signed_hash
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.graph import neighbours
 from crypto.masks import MaskContext, advance
 from crypto.packing import clipped_share, mean_update
 from crypto.presets import Packing, packing_for
 from crypto.sealing import masks_for, open_frames, seal_frames
-from crypto.secret import BfvKey
+from crypto.secret import SealKey
 from crypto.signing import sign
 from protocol.encoding import digest, digest_bytes
 from protocol.errors import (
@@ -250,7 +250,7 @@ def _encrypted(
     plan = state.parsed_plan()
     chains = _ratcheted(state, peers, pending.attempt)
     masks = masks_for(_packing(plan), owner.fingerprint, chains, context)
-    key = BfvKey.from_residues(BfvContext(_packing(plan)), bytes(state.bfv_key or b""))
+    key = SealKey.from_residues(SealContext(_packing(plan)), bytes(state.bfv_key or b""))
     clamped = clipped_share(pending.update, plan.update_range)
     _LOG.info("attempt %d sealed with %d peers; share clamped %.4f", pending.attempt, len(peers), clamped)
     uniforms = SecureStream().uniform
@@ -285,7 +285,7 @@ def open_sum(owner: Owner, state: RunState, request: OpenRequest, blob: bytes) -
     if state.opened.get(attempt, headers_hash) != headers_hash:
         raise AttemptRefused("another sum was opened for this attempt")
     packing = _packing(state.parsed_plan())
-    context = BfvContext(packing)
+    context = SealContext(packing)
     parameters = owner.store.model(state.run).weights.size
     headers = verified_bodies(request.headers, member_keys(owner, state), Header)
     if [message.signer for message in request.headers] != [m.signer for m in request.ready]:
@@ -305,7 +305,7 @@ def open_sum(owner: Owner, state: RunState, request: OpenRequest, blob: bytes) -
     if any(header != expected.model_copy(update={"frames_hash": header.frames_hash}) for header in headers):
         raise ProtocolViolation("a header is for another session, attempt, list, model or preset")
     columns = _checked_columns(context, headers, blob)
-    key = BfvKey.from_residues(context, bytes(state.bfv_key or b""))
+    key = SealKey.from_residues(context, bytes(state.bfv_key or b""))
     sums = open_frames(columns, parameters, key)
     answer = sums.astype("<u4").tobytes()
     body = Opening(
@@ -323,7 +323,7 @@ def open_sum(owner: Owner, state: RunState, request: OpenRequest, blob: bytes) -
 
 
 def _checked_columns(
-    context: BfvContext, headers: Sequence[Header], blob: bytes
+    context: SealContext, headers: Sequence[Header], blob: bytes
 ) -> list[tuple[bytes, ...]]:
     """Cut the blob into each owner's frames, compare digests, and regroup by frame position."""
     count = headers[0].frames

@@ -135,11 +135,11 @@ def _check_installed() -> Finding:
 
 def check_encryption() -> Finding:
     """Encrypt, add and open a test sum with the installed SEAL."""
-    from crypto.bfv import BfvContext
+    from crypto.frames import SealContext
     from crypto.presets import packing_for
     from crypto.secret import self_test
 
-    self_test(BfvContext(packing_for("exact16", 3)))
+    self_test(SealContext(packing_for("exact16", 3)))
     return Finding("encryption", "ok", "a test sum opened to what went in")
 
 

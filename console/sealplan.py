@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from console.progress import format_bytes
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.packing import pack, quantize
 from crypto.presets import FRESH_NOISE, PRESETS, Packing, noise_limit, packing_for
-from crypto.secret import BfvKey
+from crypto.secret import SealKey
 from protocol.plan import Plan
 from tasks.registry import task_for
 from tasks.resolve import resolve
@@ -76,7 +76,7 @@ def _rounding(plan: Plan, packing: Packing) -> dict[str, float | None]:
 
 
 def _seconds_per_frame(packing: Packing) -> float:
-    key = BfvKey.generate(BfvContext(packing))
+    key = SealKey.generate(SealContext(packing))
     update = np.zeros(packing.values_per_frame * _TIMED_FRAMES)
     started = time.process_time()
     for slots in pack(quantize(update, 1.0, packing, np.zeros(update.size)), packing):

@@ -14,7 +14,7 @@ import numpy as np
 import tenseal.sealapi as seal
 from numpy.typing import NDArray
 
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.presets import CKKS_SCALE_BITS
 from protocol.errors import OpeningRefused
 
@@ -35,7 +35,7 @@ class Encoder(Protocol):
 class BatchEncoder:
     """BFV: integers modulo t."""
 
-    def __init__(self, context: BfvContext) -> None:
+    def __init__(self, context: SealContext) -> None:
         self._encoder = seal.BatchEncoder(context.seal)
 
     def encode(self, slots: NDArray[np.uint64]) -> seal.Plaintext:
@@ -52,7 +52,7 @@ class BatchEncoder:
 class RoundingEncoder:
     """CKKS: integers as real numbers, rounded when they are decoded."""
 
-    def __init__(self, context: BfvContext) -> None:
+    def __init__(self, context: SealContext) -> None:
         self._encoder = seal.CKKSEncoder(context.seal)
 
     def encode(self, slots: NDArray[np.uint64]) -> seal.Plaintext:
@@ -77,7 +77,7 @@ class RoundingEncoder:
         return integers
 
 
-def encoder_for(context: BfvContext) -> Encoder:
+def encoder_for(context: SealContext) -> Encoder:
     """Return the encoder of a context's scheme."""
     if context.packing.preset.scheme == "CKKS":
         return RoundingEncoder(context)

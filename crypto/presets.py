@@ -2,7 +2,7 @@
 
 All presets are BFV over a small ciphertext modulus, because nothing but addition is needed. The
 arithmetic here is plain Python integers, so that a plan can be checked without the encryption library;
-`crypto.bfv` asserts that the library builds exactly these moduli.
+`crypto.frames` asserts that the library builds exactly these moduli.
 """
 
 from __future__ import annotations

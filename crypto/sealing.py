@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from crypto.masks import MaskContext, Masks, ResidueMasks
 from crypto.packing import pack_frame, quantize, unpack_sum
 from crypto.presets import SEED_BYTES, Packing
-from crypto.secret import BfvKey
+from crypto.secret import SealKey
 from protocol.errors import OpeningRefused
 
 Uniforms = Callable[[int], NDArray[np.float64]]
@@ -25,7 +25,7 @@ def seal_frames(
     update_range: float,
     uniforms: Uniforms,
     masks: Masks | ResidueMasks,
-    key: BfvKey,
+    key: SealKey,
 ) -> Iterator[bytes]:
     """Yield the encrypted frames of an update.
 
@@ -61,7 +61,7 @@ def masks_for(
     return Masks(own, chain_keys, context)
 
 
-def open_frames(columns: Sequence[Sequence[bytes]], parameters: int, key: BfvKey) -> NDArray[np.uint64]:
+def open_frames(columns: Sequence[Sequence[bytes]], parameters: int, key: SealKey) -> NDArray[np.uint64]:
     """Add all owners' frames, decrypt the sums, and return the integers.
 
     Args:

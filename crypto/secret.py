@@ -1,4 +1,4 @@
-"""The secret side of BFV: keys, encryption, decryption. Only owners may import this module.
+"""The secret side of the encryption: keys, encrypting, decrypting. Only owners may import this module.
 
 The coordinator never loads it; a test starts a coordinator and checks. The key is shared by the owners
 of one session and is of use to none of them alone, because every update is masked before it is
@@ -17,21 +17,21 @@ import tenseal.sealapi as seal
 import zstandard
 from numpy.typing import NDArray
 
-from crypto.bfv import BfvContext, SealFile, serialized
 from crypto.encoders import encoder_for
+from crypto.frames import SealContext, SealFile, serialized
 from protocol.errors import EncryptionUnavailable, FrameInvalid
 
 _SEAL_HEADER_BYTES: Final = 16
 _COMMITMENT_TAG: Final = b"fedseal/bfv-key/1\0"
 
 
-class BfvKey:
+class SealKey:
     """A secret key of one session.
 
     Who may call: owners only. Make one with `generate` (the dealer) or `from_residues` (everyone else).
     """
 
-    def __init__(self, context: BfvContext, key: seal.SecretKey) -> None:
+    def __init__(self, context: SealContext, key: seal.SecretKey) -> None:
         self.context = context
         self._key = key
         self._encryptor = seal.Encryptor(context.seal, key)
@@ -41,12 +41,12 @@ class BfvKey:
         self._inflate = zstandard.ZstdDecompressor()
 
     @classmethod
-    def generate(cls, context: BfvContext) -> BfvKey:
+    def generate(cls, context: SealContext) -> SealKey:
         """Draw a fresh ternary key from the operating system's randomness."""
         return cls(context, seal.KeyGenerator(context.seal).secret_key())
 
     @classmethod
-    def from_residues(cls, context: BfvContext, data: bytes) -> BfvKey:
+    def from_residues(cls, context: SealContext, data: bytes) -> SealKey:
         """Rebuild a key from the dealer's fixed-width residues; SEAL never parses the dealer's bytes.
 
         Raises:
@@ -123,7 +123,7 @@ class BfvKey:
         return self._inflate.decompressobj().decompress(blob[_SEAL_HEADER_BYTES:])
 
 
-def self_test(context: BfvContext) -> None:
+def self_test(context: SealContext) -> None:
     """Check the frame format against the installed library, with a throw-away key.
 
     Raises:
@@ -135,8 +135,8 @@ def self_test(context: BfvContext) -> None:
     slots = np.arange(context.packing.preset.slots, dtype=np.uint64) * np.uint64(2654435761)
     slots %= np.uint64(largest)
     try:
-        key = BfvKey.generate(context)
-        copy = BfvKey.from_residues(context, key.residues())
+        key = SealKey.generate(context)
+        copy = SealKey.from_residues(context, key.residues())
         opened = copy.open_sum([[key.encrypt(slots), copy.encrypt(slots)]])[0]
     except (ValueError, RuntimeError, FrameInvalid) as error:
         raise EncryptionUnavailable("SEAL's format is not the expected one") from error

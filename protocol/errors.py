@@ -349,7 +349,7 @@ class PeerUnusable(FedsealError):
 
     code = "FS-BENCH-01"
     what = "A program that the benchmark compares with cannot be run."
-    remedy = "Give --peer-python a Python with the packages that docs/benchmarks.md names, or leave it out."
+    remedy = "Name an environment with the packages of docs/benchmarks.md by --peers, or leave it out."
     exit_code = 10
 
 

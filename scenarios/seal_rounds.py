@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.noise import SecureStream
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.masks import MaskContext, Masks
 from crypto.packing import Floats, mean_update, quantize
 from crypto.presets import packing_for
 from crypto.sealing import open_frames, seal_frames
-from crypto.secret import BfvKey
+from crypto.secret import SealKey
 from protocol.encoding import digest, digest_bytes
 from protocol.errors import FrameInvalid
 
@@ -82,8 +82,8 @@ class FedsealRound:
 
     def __init__(self, preset: str, masked: bool, clients: int) -> None:
         self._packing = packing_for(preset, clients)
-        self._server = BfvContext(self._packing)
-        self._key = BfvKey.generate(self._server).residues()
+        self._server = SealContext(self._packing)
+        self._key = SealKey.generate(self._server).residues()
         self._names = [digest(index) for index in range(clients)]
         self._pairs = _pair_secrets(clients) if masked else {}
         self._context = MaskContext(
@@ -110,7 +110,7 @@ class FedsealRound:
         pairs = {other: frozenset((index, other)) for other in range(len(self._names)) if other != index}
         chains = {self._names[o]: self._pairs[pair] for o, pair in pairs.items() if pair in self._pairs}
         masks = Masks(self._names[index], chains, self._context)
-        key = BfvKey.from_residues(BfvContext(self._packing), self._key)
+        key = SealKey.from_residues(SealContext(self._packing), self._key)
         uniforms = self._recorded() if self._rehearsal else SecureStream().uniform
         frames = list(seal_frames(update.astype(np.float64), UPDATE_RANGE, uniforms, masks, key))
         self._hashes[index] = _frames_hash(frames)
@@ -141,7 +141,7 @@ class FedsealRound:
 
     def open(self, download: Sequence[bytes]) -> Opened:
         """Check digests and residues of all uploads, add them, decrypt, and check what opens."""
-        context = BfvContext(self._packing)
+        context = SealContext(self._packing)
         count, clients = self._packing.frames_for(self._parameters), len(self._uploads)
         frames = context.split(b"".join(self._uploads.values()), count * clients)
         rows = [frames[start : start + count] for start in range(0, len(frames), count)]
@@ -149,7 +149,7 @@ class FedsealRound:
             raise FrameInvalid("frames are not the ones whose digest was signed")
         if len({digest_bytes(frame) for frame in frames}) != len(frames):
             raise FrameInvalid("a frame occurs twice")
-        key = BfvKey.from_residues(context, self._key)
+        key = SealKey.from_residues(context, self._key)
         sums = open_frames(list(zip(*rows, strict=True)), self._parameters, key)
         return Opened(mean_update(sums, clients, UPDATE_RANGE, self._packing), sums)
 

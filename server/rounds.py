@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from crypto.agreement import signed_hash
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.packing import mean_update
 from crypto.presets import SEED_BYTES, Packing
 from crypto.signing import verify
@@ -92,7 +92,7 @@ class RoundRunner:
         self._plan = plan
         self._packing = packing
         self._session = session
-        self._context = BfvContext(packing)
+        self._context = SealContext(packing)
         self._seeds: set[bytes] = set()
         self.steps: list[list[Signed]] = []
 

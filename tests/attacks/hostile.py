@@ -18,10 +18,10 @@ from flwr.app import Message as FlowerMessage
 from client.app import make_app
 from client.owner import Owner
 from client.state import RunState
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.masks import MaskContext, advance, apply_masks
 from crypto.presets import Packing, packing_for
-from crypto.secret import BfvKey
+from crypto.secret import SealKey
 from crypto.signing import sign
 from protocol.encoding import digest, digest_bytes
 from protocol.messages import (
@@ -130,9 +130,9 @@ class HostileRun:
     def packing(self) -> Packing:
         return packing_for(self.plan.encryption.preset, self.plan.cohort.maximum)
 
-    def bfv_key(self, index: int) -> BfvKey:
+    def bfv_key(self, index: int) -> SealKey:
         """Return the encryption key, as an owner that the attacker bought would hand it over."""
-        return BfvKey.from_residues(BfvContext(self.packing()), bytes(self.state(index).bfv_key or b""))
+        return SealKey.from_residues(SealContext(self.packing()), bytes(self.state(index).bfv_key or b""))
 
     def model(self, index: int) -> GlobalModel:
         return self.owner(index).store.model(self.run)
@@ -257,7 +257,7 @@ class HostileRun:
         return Sealed(signed, b"".join(frames))
 
     def sealed_by_hand(
-        self, index: int, header: Signed, chains: dict[str, bytes], slots: Any, key: BfvKey | None = None
+        self, index: int, header: Signed, chains: dict[str, bytes], slots: Any, key: SealKey | None = None
     ) -> Sealed:
         """Let a bought owner mask and encrypt slots of its choice, with masks that cancel."""
         body = Header.from_fields(header.body)
@@ -308,7 +308,7 @@ def charged_epsilon(owner: Owner, run: str) -> float:
     return owner.ledger.spent(run).epsilon or 0.0
 
 
-def slots_of(run: HostileRun, frames: bytes, key: BfvKey) -> Any:
+def slots_of(run: HostileRun, frames: bytes, key: SealKey) -> Any:
     """Decrypt one owner's frames: what a bought owner shows the coordinator; uint64 (frames, slots)."""
     parts = key.context.split(frames, len(frames) // run.packing().frame_bytes)
     return np.stack([key.decrypt(key.context.ciphertext(part)) for part in parts])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hostile import HostileFederation, HostileRun, Sealed, nothing_released
 
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.presets import SEED_BYTES
 from protocol.errors import FrameInvalid
 from protocol.plan import Plan
@@ -69,7 +69,7 @@ def test_lengths_that_make_up_for_each_other_are_refused(attempt: Attempt) -> No
 
 
 def test_a_residue_that_is_not_below_the_modulus_is_refused(attempt: Attempt) -> None:
-    context = BfvContext(attempt[0].packing())
+    context = SealContext(attempt[0].packing())
     q, honest = attempt[0].packing().preset.coefficient_modulus, attempt[2][EVIL].frames
     for place, value in ((0, q), (1, q + 1), (2047, 2**56 - 1), (4095, q)):
         words = context.residues(honest[SEED_BYTES:])
@@ -80,7 +80,7 @@ def test_a_residue_that_is_not_below_the_modulus_is_refused(attempt: Attempt) ->
 
 def test_the_largest_residue_is_accepted_and_the_next_is_not(attempt: Attempt) -> None:
     packing = attempt[0].packing()
-    context, q = BfvContext(packing), packing.preset.coefficient_modulus
+    context, q = SealContext(packing), packing.preset.coefficient_modulus
     words = np.full(packing.preset.poly_modulus_degree, q - 1, dtype=np.uint64)
     context.ciphertext(bytes(SEED_BYTES) + context.residue_bytes(words))
     words[-1] = q
@@ -89,7 +89,7 @@ def test_the_largest_residue_is_accepted_and_the_next_is_not(attempt: Attempt) -
 
 
 def test_random_bytes_never_reach_the_library_unchecked(attempt: Attempt) -> None:
-    context, generator = BfvContext(attempt[0].packing()), random.Random(11)
+    context, generator = SealContext(attempt[0].packing()), random.Random(11)
     size = attempt[0].packing().frame_bytes
     for length in [*range(0, 200, 13), size - 1, size + 1, 2 * size, size]:
         with pytest.raises(FrameInvalid):

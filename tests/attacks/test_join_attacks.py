@@ -15,9 +15,9 @@ from hostile import HostileFederation, HostileRun, nothing_released, wrap_digest
 from client import joining
 from client.policy import Peers
 from crypto.agreement import HpkeKey, WrapContext, wrap, wraps_hash
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.pki import init_pki, issue_owner
-from crypto.secret import BfvKey
+from crypto.secret import SealKey
 from crypto.signing import sign
 from protocol.messages import (
     Join,
@@ -145,7 +145,7 @@ def test_keys_are_fixed_once_and_the_one_time_key_is_gone(session: HostileRun) -
 
 def second_deal(run: HostileRun) -> RosterReply:
     """Let a bought dealer deal another key, signed as well as the first one."""
-    key = BfvKey.generate(BfvContext(run.packing()))
+    key = SealKey.generate(SealContext(run.packing()))
     roster_hash = str(run.state(0).roster_hash)
     keys = {}
     for index in run.indices[1:]:

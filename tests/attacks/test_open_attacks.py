@@ -12,9 +12,9 @@ from hostile import HostileFederation, HostileRun, Sealed, answers, nothing_rele
 
 from client import rounds
 from client.policy import Peers
-from crypto.bfv import BfvContext, SealFile, serialized
+from crypto.frames import SealContext, SealFile, serialized
 from crypto.packing import pack
-from crypto.secret import BfvKey
+from crypto.secret import SealKey
 from crypto.signing import sign
 from protocol.messages import Header, OpenRequest
 from protocol.plan import Plan
@@ -32,7 +32,7 @@ def open_refused(
 
 
 def frames_of(run: HostileRun, sealed: Sealed) -> list[bytes]:
-    return BfvContext(run.packing()).split(sealed.frames, len(sealed.frames) // run.packing().frame_bytes)
+    return SealContext(run.packing()).split(sealed.frames, len(sealed.frames) // run.packing().frame_bytes)
 
 
 # --- the decryption oracle ---------------------------------------------------------------------------
@@ -43,10 +43,10 @@ def crafted_frame(run: HostileRun) -> bytes:
     packing = run.packing()
     words = np.zeros(packing.preset.poly_modulus_degree, dtype=np.uint64)
     words[0] = (packing.preset.coefficient_modulus + packing.plain_modulus // 2) // packing.plain_modulus
-    return bytes(64) + BfvContext(packing).residue_bytes(words)
+    return bytes(64) + SealContext(packing).residue_bytes(words)
 
 
-def crafted_ciphertext(context: BfvContext) -> seal.Ciphertext:
+def crafted_ciphertext(context: SealContext) -> seal.Ciphertext:
     """Return the ciphertext c0 = 0, c1 = round(q/t), whose decryption is the key modulo t."""
     packing = context.packing
     degree = packing.preset.poly_modulus_degree
@@ -237,7 +237,7 @@ def test_an_opening_of_another_run_is_refused(federation: HostileFederation, pla
 def test_frames_under_a_foreign_key_do_not_open(session: HostileRun) -> None:
     chains = session.state(EVIL).chain_keys
     ready, sealed = session.sealed_attempt()
-    foreign = BfvKey.generate(BfvContext(session.packing()))
+    foreign = SealKey.generate(SealContext(session.packing()))
     slots = pack(np.zeros(650, dtype=np.uint64), session.packing())
     sealed[EVIL] = session.sealed_by_hand(EVIL, sealed[EVIL].header, chains, slots, foreign)
     assert open_refused(session, ready, sealed) == "FS-ROUND-03"

@@ -13,7 +13,7 @@ from hostile import FIRST_NODE, HostileFederation
 
 import server.strategy
 from client.owner import Owner
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.pki import Trust
 from crypto.presets import SEED_BYTES, packing_for
 from crypto.signing import sign
@@ -131,7 +131,7 @@ def garbage(owner: Owner, body: bytes, blob: bytes) -> tuple[bytes, bytes]:
 
 
 def too_large(owner: Owner, body: bytes, blob: bytes) -> tuple[bytes, bytes]:
-    context = BfvContext(packing_for("exact16", 4))
+    context = SealContext(packing_for("exact16", 4))
     words = np.full(4096, 2**56 - 1, dtype=np.uint64)
     return resigned(owner, body, [blob[:SEED_BYTES] + context.residue_bytes(words)])
 

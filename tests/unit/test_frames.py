@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import crypto.bfv
-from crypto.bfv import BfvContext, pack_bits, unpack_bits
+import crypto.frames
+from crypto.frames import SealContext, pack_bits, unpack_bits
 from crypto.masks import MaskContext, Masks, apply_masks
 from crypto.packing import mean_update, pack, unpack_sum
 from crypto.presets import PRESETS, SEED_BYTES, Packing, packing_for
 from crypto.sealing import open_frames, seal_frames
-from crypto.secret import BfvKey, self_test
+from crypto.secret import SealKey, self_test
 from protocol.errors import EncryptionUnavailable, FrameInvalid, OpeningRefused
 
 Integers = NDArray[np.uint64]
@@ -25,25 +25,25 @@ MUTATIONS = 2000
 VECTORS = Path(__file__).parents[1] / "vectors"
 
 
-def context_for(name: str, cohort: int) -> BfvContext:
-    return BfvContext(packing_for(name, cohort))
+def context_for(name: str, cohort: int) -> SealContext:
+    return SealContext(packing_for(name, cohort))
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def context(request: pytest.FixtureRequest) -> BfvContext:
+def context(request: pytest.FixtureRequest) -> SealContext:
     return context_for(request.param, 8)
 
 
 @pytest.fixture(scope="module")
-def key(context: BfvContext) -> BfvKey:
-    return BfvKey.generate(context)
+def key(context: SealContext) -> SealKey:
+    return SealKey.generate(context)
 
 
 def random_slots(rng: np.random.Generator, packing: Packing) -> Integers:
     return rng.integers(0, packing.plain_modulus, 4096, dtype=np.uint64)
 
 
-def residue(context: BfvContext, frame: bytes, index: int, value: int) -> bytes:
+def residue(context: SealContext, frame: bytes, index: int, value: int) -> bytes:
     """The frame with one residue replaced, written without the code under test."""
     bits = context.packing.preset.coefficient_moduli[0].bit_length()
     number = int.from_bytes(frame[SEED_BYTES:], "little")
@@ -52,7 +52,7 @@ def residue(context: BfvContext, frame: bytes, index: int, value: int) -> bytes:
     return frame[:SEED_BYTES] + number.to_bytes(len(frame) - SEED_BYTES, "little")
 
 
-def test_a_frame_has_its_fixed_length_and_goes_both_ways(context: BfvContext, key: BfvKey) -> None:
+def test_a_frame_has_its_fixed_length_and_goes_both_ways(context: SealContext, key: SealKey) -> None:
     slots = random_slots(np.random.default_rng(1), context.packing)
     frames = [key.encrypt(slots) for _ in range(3)]
     assert {len(frame) for frame in frames} == {context.packing.frame_bytes}
@@ -66,8 +66,8 @@ def test_a_frame_has_its_fixed_length_and_goes_both_ways(context: BfvContext, ke
 @pytest.mark.parametrize("name", NAMES)
 def test_the_opened_sum_is_the_integer_sum_modulo_t(name: str, owners: int) -> None:
     context = context_for(name, owners)
-    dealer = BfvKey.generate(context)
-    keys = [dealer] + [BfvKey.from_residues(context, dealer.residues()) for _ in range(owners - 1)]
+    dealer = SealKey.generate(context)
+    keys = [dealer] + [SealKey.from_residues(context, dealer.residues()) for _ in range(owners - 1)]
     rng, modulus = np.random.default_rng(owners), context.packing.plain_modulus
     columns, expected = [], []
     for fill in (None, modulus - 1, 0):
@@ -87,7 +87,7 @@ def test_the_opened_sum_is_the_integer_sum_modulo_t(name: str, owners: int) -> N
 def test_the_largest_cohort_of_every_row_opens_exactly(name: str, cohort: int) -> None:
     """Fresh ciphertexts up to the limit; above 64 owners a part is added again in their place."""
     context = context_for(name, cohort)
-    key, modulus = BfvKey.generate(context), context.packing.plain_modulus
+    key, modulus = SealKey.generate(context), context.packing.plain_modulus
     rows = [np.full(4096, modulus - 1, dtype=np.uint64)]
     rows += [random_slots(np.random.default_rng(i), context.packing) for i in range(min(cohort, 64) - 1)]
     frames = [key.encrypt(row) for row in rows]
@@ -97,7 +97,7 @@ def test_the_largest_cohort_of_every_row_opens_exactly(name: str, cohort: int) -
     assert opened.tolist() == [sum(column) * times[0] % modulus for column in columns]
 
 
-def test_masked_updates_open_to_the_sum_for_the_whole_list_only(context: BfvContext, key: BfvKey) -> None:
+def test_masked_updates_open_to_the_sum_for_the_whole_list_only(context: SealContext, key: SealKey) -> None:
     packing, rng = context.packing, np.random.default_rng(3)
     owners = ["a", "b", "c"]
     bound_to = MaskContext("s", 1, "train", "l", "m", packing.plain_modulus)
@@ -116,7 +116,7 @@ def test_masked_updates_open_to_the_sum_for_the_whole_list_only(context: BfvCont
 def test_a_sealed_update_opens_to_its_sum_frame_by_frame() -> None:
     """Three owners, three frames each; a lost, a repeated or a moved frame is refused."""
     context = context_for("exact16", 3)
-    key, packing, rng = BfvKey.generate(context), context.packing, np.random.default_rng(5)
+    key, packing, rng = SealKey.generate(context), context.packing, np.random.default_rng(5)
     size, owners = 2 * packing.values_per_frame + 7, ["a", "b", "c"]
     bound_to = MaskContext("s", 1, "train", "l", "m", packing.plain_modulus)
     updates = [rng.uniform(-1, 1, size) for _ in owners]
@@ -134,7 +134,7 @@ def test_a_sealed_update_opens_to_its_sum_frame_by_frame() -> None:
             open_frames(wrong, size, key)
 
 
-def test_a_frame_of_another_length_is_refused(context: BfvContext, key: BfvKey) -> None:
+def test_a_frame_of_another_length_is_refused(context: SealContext, key: SealKey) -> None:
     frame = key.encrypt(np.zeros(4096, dtype=np.uint64))
     for wrong in (b"", frame[:1], frame[:SEED_BYTES], frame[:-1], frame[1:], frame + b"\0", frame * 2):
         with pytest.raises(FrameInvalid) as refused:
@@ -143,7 +143,7 @@ def test_a_frame_of_another_length_is_refused(context: BfvContext, key: BfvKey) 
 
 
 def test_a_residue_that_is_not_below_its_modulus_is_refused_at_every_place(
-    context: BfvContext, key: BfvKey
+    context: SealContext, key: SealKey
 ) -> None:
     preset = context.packing.preset
     frame = key.encrypt(np.zeros(4096, dtype=np.uint64))
@@ -156,12 +156,12 @@ def test_a_residue_that_is_not_below_its_modulus_is_refused_at_every_place(
                     context.ciphertext(residue(context, frame, index, value))
 
 
-def test_all_bits_set_are_refused(context: BfvContext) -> None:
+def test_all_bits_set_are_refused(context: SealContext) -> None:
     with pytest.raises(FrameInvalid):
         context.ciphertext(b"\xff" * context.packing.frame_bytes)
 
 
-def test_a_blob_is_cut_only_into_whole_frames(context: BfvContext) -> None:
+def test_a_blob_is_cut_only_into_whole_frames(context: SealContext) -> None:
     size = context.packing.frame_bytes
     blob = bytes(range(256)) * (2 * size // 256 + 1)
     assert b"".join(context.split(blob[: 2 * size], 2)) == blob[: 2 * size]
@@ -171,33 +171,33 @@ def test_a_blob_is_cut_only_into_whole_frames(context: BfvContext) -> None:
             context.split(blob[:length], frames)
 
 
-def test_no_frame_is_no_sum(key: BfvKey) -> None:
+def test_no_frame_is_no_sum(key: SealKey) -> None:
     with pytest.raises(FrameInvalid):
         key.open_sum([[]])
 
 
-def test_a_foreign_key_opens_to_nothing(context: BfvContext, key: BfvKey) -> None:
+def test_a_foreign_key_opens_to_nothing(context: SealContext, key: SealKey) -> None:
     packing = context.packing
     frame = key.encrypt(pack(np.zeros(100, dtype=np.uint64), packing)[0])
     with pytest.raises(OpeningRefused):
-        unpack_sum(BfvKey.generate(context).open_sum([[frame]]), 100, 1, packing)
+        unpack_sum(SealKey.generate(context).open_sum([[frame]]), 100, 1, packing)
 
 
-def test_key_residues_go_both_ways(context: BfvContext, key: BfvKey) -> None:
+def test_key_residues_go_both_ways(context: SealContext, key: SealKey) -> None:
     residues = key.residues()
     assert len(residues) == context.packing.residues_bytes == context.packing.frame_bytes - SEED_BYTES
-    copy = BfvKey.from_residues(context, residues)
+    copy = SealKey.from_residues(context, residues)
     assert copy.residues() == residues
     assert copy.commitment() == key.commitment()
-    assert BfvKey.generate(context).commitment() != key.commitment()
+    assert SealKey.generate(context).commitment() != key.commitment()
     assert context.residue_bytes(context.residues(residues)) == residues
 
 
-def test_malformed_key_residues_are_refused(context: BfvContext, key: BfvKey) -> None:
+def test_malformed_key_residues_are_refused(context: SealContext, key: SealKey) -> None:
     residues = key.residues()
     for wrong in (b"", residues[:-1], residues + b"\0", b"\xff" * len(residues)):
         with pytest.raises(FrameInvalid):
-            BfvKey.from_residues(context, wrong)
+            SealKey.from_residues(context, wrong)
 
 
 @pytest.mark.parametrize("bits", [1, 7, 8, 31, 33, 56, 60, 64])
@@ -233,7 +233,7 @@ def mutated(rng: np.random.Generator, frame: bytes) -> bytes:
     return bytes(data)
 
 
-def opens_to(key: BfvKey, frames: Sequence[bytes], parameters: int) -> list[int] | None:
+def opens_to(key: SealKey, frames: Sequence[bytes], parameters: int) -> list[int] | None:
     """The sums, or None where the frames or what they open to are refused. Nothing else may happen."""
     packing = key.context.packing
     try:
@@ -249,7 +249,7 @@ def test_a_mutated_frame_never_opens_to_another_sum() -> None:
     A change of a residue's lowest bits is no more than a little noise; it opens to the right sum.
     """
     context = context_for("exact16", 3)
-    key, packing, rng = BfvKey.generate(context), context.packing, np.random.default_rng(2024)
+    key, packing, rng = SealKey.generate(context), context.packing, np.random.default_rng(2024)
     size = packing.values_per_frame
     values = [rng.integers(0, 2 * packing.half_levels, size, dtype=np.uint64) for _ in range(3)]
     honest = [key.encrypt(pack(value, packing)[0]) for value in values]
@@ -268,7 +268,7 @@ def test_a_mutated_frame_never_opens_to_another_sum() -> None:
 def test_one_flipped_bit_above_the_noise_is_always_refused(name: str) -> None:
     """In the seed any bit will do; in a residue, any bit that is worth more than q / t."""
     context = context_for(name, 8)
-    key, packing, rng = BfvKey.generate(context), context.packing, np.random.default_rng(6)
+    key, packing, rng = SealKey.generate(context), context.packing, np.random.default_rng(6)
     preset = packing.preset
     honest = [key.encrypt(pack(np.zeros(10, dtype=np.uint64), packing)[0]) for _ in range(3)]
     assert opens_to(key, honest, 10) == [0] * 10
@@ -303,15 +303,15 @@ def test_the_installed_library_passes_its_self_test(name: str) -> None:
 def test_a_skeleton_that_does_not_fit_the_library_is_noticed(
     constant: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crypto.bfv, constant, value)
+    monkeypatch.setattr(crypto.frames, constant, value)
     with pytest.raises(EncryptionUnavailable) as refused:
         self_test(context_for("exact16", 8))
     assert refused.value.code == "FS-FRAME-02"
 
 
 def test_a_sum_that_does_not_open_to_what_went_in_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    encrypt = BfvKey.encrypt
-    monkeypatch.setattr(BfvKey, "encrypt", lambda key, slots: encrypt(key, np.roll(slots, 1)))
+    encrypt = SealKey.encrypt
+    monkeypatch.setattr(SealKey, "encrypt", lambda key, slots: encrypt(key, np.roll(slots, 1)))
     with pytest.raises(EncryptionUnavailable, match="test sum"):
         self_test(context_for("exact16", 8))
 
@@ -319,7 +319,7 @@ def test_a_sum_that_does_not_open_to_what_went_in_is_noticed(monkeypatch: pytest
 def test_the_published_frames_open() -> None:
     vector = json.loads((VECTORS / "bfv.json").read_text())
     context = context_for(vector["preset"], vector["cohort"])
-    key = BfvKey.from_residues(context, base64.b64decode(vector["key_residues"]))
+    key = SealKey.from_residues(context, base64.b64decode(vector["key_residues"]))
     assert key.commitment() == vector["key_commitment"]
     frames = [base64.b64decode(owner["frame"]) for owner in vector["owners"]]
     opened = unpack_sum(key.open_sum([frames]), vector["parameters"], len(frames), context.packing)

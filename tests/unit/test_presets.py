@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.presets import (
     CHECK_SLOTS,
     FRESH_NOISE,
@@ -89,7 +89,7 @@ def test_the_ciphertext_modulus_is_a_product_of_batching_primes(name: str, bits:
 @pytest.mark.parametrize(("name", "cohort"), COHORTS)
 def test_the_library_builds_exactly_these_moduli(name: str, cohort: int) -> None:
     packing = packing_for(name, cohort)
-    context = BfvContext(packing).seal
+    context = SealContext(packing).seal
     for data in (context.first_context_data(), context.key_context_data()):
         built = data.parms()
         moduli = tuple(modulus.value() for modulus in built.coeff_modulus())
@@ -106,7 +106,7 @@ def test_a_library_with_other_moduli_is_refused() -> None:
     weak_q = replace(packing, preset=replace(PRESETS["fine"], security_bits=256))
     for changed in (other_t, other_q, weak_q):
         with pytest.raises(EncryptionUnavailable):
-            BfvContext(changed)
+            SealContext(changed)
 
 
 @pytest.mark.parametrize(("name", "cohort"), COHORTS)

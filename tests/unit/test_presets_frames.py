@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crypto.bfv import BfvContext, pack_bits, unpack_bits
+from crypto.frames import SealContext, pack_bits, unpack_bits
 from crypto.masks import MaskContext
 from crypto.packing import mean_update
 from crypto.presets import PRESETS, packing_for
 from crypto.sealing import masks_for, open_frames, seal_frames
-from crypto.secret import BfvKey, self_test
+from crypto.secret import SealKey, self_test
 from protocol.errors import CapacityExceeded, FrameInvalid, OpeningRefused
 
 CASES = [
@@ -28,9 +28,9 @@ CASES = [
 def test_a_sealed_sum_is_the_plain_sum(name: str, cohort: int, largest: float) -> None:
     packing = packing_for(name, cohort)
     assert packing.frame_bytes / packing.values_per_frame < largest
-    context = BfvContext(packing)
+    context = SealContext(packing)
     self_test(context)
-    key, rng = BfvKey.generate(context), np.random.default_rng(1)
+    key, rng = SealKey.generate(context), np.random.default_rng(1)
     names = ["a" * 64, "b" * 64, "c" * 64]
     chains = {
         frozenset(pair): bytes([sum(map(ord, pair[0] + pair[1])) % 251]) * 32
@@ -65,8 +65,8 @@ def test_packing_bits_is_reversible_and_has_no_gaps(bits: int) -> None:
 @pytest.mark.parametrize("name", ["fine", "wide", "ckks"])
 def test_a_residue_at_its_prime_is_refused(name: str) -> None:
     packing = packing_for(name, 8)
-    context = BfvContext(packing)
-    frame = BfvKey.generate(context).encrypt(np.zeros(packing.preset.slots, dtype=np.uint64))
+    context = SealContext(packing)
+    frame = SealKey.generate(context).encrypt(np.zeros(packing.preset.slots, dtype=np.uint64))
     words = context.residues(frame[64:])
     words[-1] = packing.preset.coefficient_moduli[-1]
     with pytest.raises(FrameInvalid):

@@ -7,15 +7,15 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from crypto.bfv import BfvContext
+from crypto.frames import SealContext
 from crypto.masks import MaskContext, Masks
 from crypto.presets import packing_for
 from crypto.sealing import open_frames, seal_frames
-from crypto.secret import BfvKey
+from crypto.secret import SealKey
 from protocol.errors import OpeningRefused
 
 PACKING = packing_for("exact16", 3)
-KEY = BfvKey.generate(BfvContext(PACKING))
+KEY = SealKey.generate(SealContext(PACKING))
 CONTEXT = MaskContext("s", 1, "train", "l", "m", PACKING.plain_modulus)
 
 

@@ -21,11 +21,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from crypto.agreement import pair_seed
-from crypto.bfv import BfvContext, SealFile
+from crypto.frames import SealContext, SealFile
 from crypto.masks import MaskContext, advance, apply_masks, first_chain_key, mask_stream
 from crypto.packing import pack, unpack_sum
 from crypto.presets import PRESETS, Packing, packing_for
-from crypto.secret import BfvKey
+from crypto.secret import SealKey
 from crypto.signing import sign
 from protocol.encoding import digest, encode
 from protocol.messages import Body, LedgerHead, Opening, Ready, Session
@@ -202,8 +202,8 @@ def mask_vectors() -> dict[str, Any]:
 def frame_vectors() -> dict[str, Any]:
     """Three owners' masked, encrypted frames under one key, with everything to open them by hand."""
     packing = packing_for("exact16", 3)
-    context = BfvContext(packing)
-    key = BfvKey.generate(context)
+    context = SealContext(packing)
+    key = SealKey.generate(context)
     masks = MaskContext(A, 7, "train", B, C, packing.plain_modulus)
     owners, parameters = [A, B, C], 5000
     entries, frames = [], []
@@ -250,7 +250,7 @@ def _text(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _expanded_half(context: BfvContext, frame: bytes) -> bytes:
+def _expanded_half(context: SealContext, frame: bytes) -> bytes:
     file = SealFile()
     context.ciphertext(frame).save(file.path)
     body = zstandard.ZstdDecompressor().decompressobj().decompress(file.read()[16:])
@@ -261,7 +261,7 @@ def _expanded_half(context: BfvContext, frame: bytes) -> bytes:
     return context.residue_bytes(words[1].astype(np.uint64))
 
 
-def _ternary(context: BfvContext, key: BfvKey) -> str:
+def _ternary(context: SealContext, key: SealKey) -> str:
     """Invert SEAL's transform: entry i, bits reversed, is the value at psi**(2 i + 1), psi minimal."""
     modulus, degree = context.packing.preset.coefficient_modulus, 4096
     values = context.residues(key.residues()).tolist()

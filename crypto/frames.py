@@ -1,4 +1,4 @@
-"""The public side of BFV: frames to ciphertexts, and adding them. No secret key is used here.
+"""The public side of the encryption: frames to ciphertexts, and adding them. No secret key is used here.
 
 A frame is our own fixed-length form of a symmetric ciphertext: the 64-byte public seed of its random
 half, then the residues of the other half's coefficients, packed without gaps. Bytes of a peer never
@@ -64,7 +64,7 @@ class SealFile:
         self.close()
 
 
-class BfvContext:
+class SealContext:
     """SEAL's context for one `Packing`, with the frame format.
 
     Args:
