@@ -56,6 +56,13 @@ class AllowedPlans(Section):
         description="Without noise, accept a list that differs from an earlier one in a single owner; the "
         "two sums then reveal that owner's update.",
     )
+    min_weight: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Smallest weight that a plan may give an owner; tiny weights of others would leave one "
+        "owner's update alone in the sum.",
+    )
     allow_ckks: bool = Field(
         default=False,
         description="Accept plans with `encryption.preset = 'ckks'`, a compatibility scheme with weaker "
@@ -139,6 +146,8 @@ def admit(policy: Policy, plan: Plan) -> None:
         raise PolicyRefused(
             f"plans.min_cohort is {plans.min_cohort}, the plan's cohort.minimum is {plan.cohort.minimum}"
         )
+    if any(weight < plans.min_weight for weight in plan.cohort.weights.values()):
+        raise PolicyRefused(f"plans.min_weight is {plans.min_weight:g}, a weight of the plan is below it")
     if plan.encryption.preset == "ckks" and not plans.allow_ckks:
         raise PolicyRefused("plans.allow_ckks is false, the plan's encryption.preset is 'ckks'")
     if plan.encryption.quorum < policy.peers.min_known_peers:

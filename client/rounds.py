@@ -117,7 +117,8 @@ def follow(
             if finished == state.round:
                 continue
             raise ModelMismatch("a step does not start from this owner's model")
-        mean = _mean(plan, np.frombuffer(sums, dtype="<u4").astype(np.uint64), body.contributors)
+        integers = np.frombuffer(sums, dtype="<u4").astype(np.uint64)
+        mean = _mean(plan, integers, body.contributors, body.total_weight)
         model = apply_update(model, mean, plan.server_optimizer)
         finished += 1
     return model, finished
@@ -141,8 +142,8 @@ def _agreed(
     return body
 
 
-def _mean(plan: Plan, sums: np.ndarray, contributors: int) -> np.ndarray:
-    return mean_update(sums, contributors, plan.update_range, _packing(plan))
+def _mean(plan: Plan, sums: np.ndarray, contributors: int, total_weight: float | None = None) -> np.ndarray:
+    return mean_update(sums, contributors, plan.update_range, _packing(plan), total_weight)
 
 
 def _packing(plan: Plan) -> Packing:
@@ -253,8 +254,10 @@ def _encrypted(
     key = SealKey.from_residues(SealContext(_packing(plan)), bytes(state.bfv_key or b""))
     clamped = clipped_share(pending.update, plan.update_range)
     _LOG.info("attempt %d sealed with %d peers; share clamped %.4f", pending.attempt, len(peers), clamped)
+    # a public factor of at most 1: post-processing of the private update, and no wider than its range
+    weighted = pending.update * plan.cohort.weights.get(owner.fingerprint, 1.0)
     uniforms = SecureStream().uniform
-    return list(seal_frames(pending.update, plan.update_range, uniforms, masks, key))
+    return list(seal_frames(weighted, plan.update_range, uniforms, masks, key))
 
 
 def _ratcheted(state: RunState, peers: Iterable[str], attempt: int) -> dict[str, bytes]:
@@ -287,23 +290,7 @@ def open_sum(owner: Owner, state: RunState, request: OpenRequest, blob: bytes) -
     packing = _packing(state.parsed_plan())
     context = SealContext(packing)
     parameters = owner.store.model(state.run).weights.size
-    headers = verified_bodies(request.headers, member_keys(owner, state), Header)
-    if [message.signer for message in request.headers] != [m.signer for m in request.ready]:
-        raise RosterRefused("headers are not from exactly the list")
-    expected = Header(
-        version=1,
-        session=state.keyed_session(),
-        attempt=request.attempt,
-        purpose="train",
-        preset_hash=packing.sha256(),
-        list_hash=list_hash,
-        model_hash=model_hash,
-        parameters=parameters,
-        frames=packing.frames_for(parameters),
-        frames_hash=headers[0].frames_hash,
-    )
-    if any(header != expected.model_copy(update={"frames_hash": header.frames_hash}) for header in headers):
-        raise ProtocolViolation("a header is for another session, attempt, list, model or preset")
+    headers = _checked_headers(owner, state, request, (list_hash, model_hash), parameters)
     columns = _checked_columns(context, headers, blob)
     key = SealKey.from_residues(context, bytes(state.bfv_key or b""))
     sums = open_frames(columns, parameters, key)
@@ -316,10 +303,36 @@ def open_sum(owner: Owner, state: RunState, request: OpenRequest, blob: bytes) -
         headers_hash=headers_hash,
         model_hash=model_hash,
         contributors=len(headers),
+        total_weight=state.parsed_plan().total_weight([m.signer for m in request.headers]),
         sums_hash=digest_bytes(answer),
     )
     changed = state.with_changes(opened={**state.opened, attempt: headers_hash})
     return Outcome(changed, OpenReply(opening=sign(owner.credentials.signing_key, body)), answer)
+
+
+def _checked_headers(
+    owner: Owner, state: RunState, request: OpenRequest, hashes: tuple[str, str], parameters: int
+) -> list[Header]:
+    """Verify the headers of exactly the list; they may differ in the hash of their frames only."""
+    packing = _packing(state.parsed_plan())
+    headers = verified_bodies(request.headers, member_keys(owner, state), Header)
+    if [message.signer for message in request.headers] != [m.signer for m in request.ready]:
+        raise RosterRefused("headers are not from exactly the list")
+    expected = Header(
+        version=1,
+        session=state.keyed_session(),
+        attempt=request.attempt,
+        purpose="train",
+        preset_hash=packing.sha256(),
+        list_hash=hashes[0],
+        model_hash=hashes[1],
+        parameters=parameters,
+        frames=packing.frames_for(parameters),
+        frames_hash=headers[0].frames_hash,
+    )
+    if any(header != expected.model_copy(update={"frames_hash": header.frames_hash}) for header in headers):
+        raise ProtocolViolation("a header is for another session, attempt, list, model or preset")
+    return headers
 
 
 def _checked_columns(

@@ -40,13 +40,20 @@ def quantize(update: Floats, update_range: float, packing: Packing, uniforms: Fl
     return grid.astype(np.uint64)
 
 
-def mean_update(sums: Integers, contributors: int, update_range: float, packing: Packing) -> Floats:
+def mean_update(
+    sums: Integers,
+    contributors: int,
+    update_range: float,
+    packing: Packing,
+    total_weight: float | None = None,
+) -> Floats:
     """Return the mean of the quantized updates from their opened sum, float64 (n,).
 
     The integer part is exact; the one rounding is the final float64 division.
     """
     shifted = sums.astype(np.int64) - contributors * packing.half_levels
-    return shifted.astype(np.float64) * (update_range / packing.half_levels / contributors)
+    divisor = float(contributors) if total_weight is None else total_weight
+    return shifted.astype(np.float64) * (update_range / packing.half_levels / divisor)
 
 
 def clipped_share(update: Floats, update_range: float) -> float:

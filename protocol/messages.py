@@ -160,7 +160,7 @@ class KeysReply(Message):
 
 
 class Opening(Body):
-    """An owner's word on what one encrypted sum opened to."""
+    """An owner's word on what one encrypted sum opened to, and by which public weight to divide it."""
 
     KIND = "opening"
     session: Digest
@@ -170,6 +170,7 @@ class Opening(Body):
     headers_hash: Digest
     model_hash: Digest
     contributors: Count
+    total_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     sums_hash: Digest
 
 

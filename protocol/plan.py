@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -81,6 +82,11 @@ class CohortSection(Section):
 
     minimum: int = Field(ge=1, le=1024, description="Fewest owners that a round may have.")
     maximum: int = Field(ge=1, le=1024, description="Most owners; encryption capacity is proved for it.")
+    weights: dict[Digest, Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]] = Field(
+        default={},
+        description="Public weights by fingerprint, for owners that shall count less than 1. Never derive "
+        "them from private record counts.",
+    )
     corrupted_share: float = Field(
         default=1 / 3,
         ge=1 / 3,
@@ -254,6 +260,14 @@ class Plan(Section):
     def total_steps(self) -> int:
         """DP-SGD steps of one owner over all sealed attempts that the noise pays for."""
         return self.paid_rounds * self.training.local_steps
+
+    def total_weight(self, owners: Sequence[str]) -> float:
+        """Return the sum of the public weights of these owners, added up in ascending order.
+
+        Args:
+            owners: Fingerprints of the contributors.
+        """
+        return math.fsum(self.cohort.weights.get(owner, 1.0) for owner in sorted(owners))
 
     @property
     def update_range(self) -> float:

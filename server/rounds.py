@@ -114,7 +114,14 @@ class RoundRunner:
         self._open(attempt, frames, model.weights.size)
         attempt.seconds["open"] = time.monotonic() - started
         sums = np.frombuffer(attempt.sums, dtype="<u4").astype(np.uint64)
-        mean = mean_update(sums, len(attempt.headers), self._plan.update_range, self._packing)
+        contributors = [signed.signer for signed in attempt.headers]
+        mean = mean_update(
+            sums,
+            len(contributors),
+            self._plan.update_range,
+            self._packing,
+            self._plan.total_weight(contributors),
+        )
         return apply_update(model, mean, self._plan.server_optimizer)
 
     # --- fit ---------------------------------------------------------------------------------------
@@ -303,6 +310,7 @@ class RoundRunner:
             headers_hash=signed_hash(attempt.headers),
             model_hash=attempt.model_hash,
             contributors=len(attempt.headers),
+            total_weight=self._plan.total_weight([signed.signer for signed in attempt.headers]),
             sums_hash=digest_bytes(reply.blob),
         )
         if body != expected or len(reply.blob) != 4 * parameters:

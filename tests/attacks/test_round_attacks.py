@@ -395,3 +395,37 @@ def test_training_that_stops_is_not_refunded(session: HostileRun, monkeypatch: p
     assert session.federation.refused(VICTIM, "train.fit", session.fit_request(1)) == "FS-TRAIN-01"
     spent = session.owner(VICTIM).ledger.spent(session.run)
     assert (spent.reserved, spent.void) == (1, 0)
+
+
+# --- public weights ----------------------------------------------------------------------------------
+
+
+def test_public_weights_enter_the_mean_exactly_as_the_plan_says(
+    federation: HostileFederation, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {federation.owners[0].fingerprint: 0.5, federation.owners[1].fingerprint: 0.75}
+    run = federation.run(make_plan(cohort={"weights": weights})).established()
+    values = iter([0.01, 0.02, 0.03, 0.04])
+    monkeypatch.setattr(rounds, "local_update", lambda *_: np.full(650, next(values)))
+    ready, sealed = run.sealed_attempt(1)
+    opening, blob = run.open(1, ready, sealed, 0)
+    body = Opening.from_fields(opening.body)
+    assert (body.contributors, body.total_weight) == (4, 3.25)
+    sums = np.frombuffer(blob, "<u4").astype(np.uint64)
+    mean = rounds._mean(run.plan, sums, 4, body.total_weight)
+    expected = (0.5 * 0.01 + 0.75 * 0.02 + 0.03 + 0.04) / 3.25
+    grid = run.plan.update_range / run.packing().half_levels
+    np.testing.assert_allclose(mean, expected, atol=2 * grid)
+
+
+def test_an_opening_with_another_weight_does_not_lead_on(session: HostileRun) -> None:
+    openings, sums = session.finished_round(1)
+    follows = next_model(session, sums, 4)
+    fields = {"sums": sums, "model_hash": follows, "round_number": 2}
+    body = Opening.from_fields(openings[0].body).model_copy(update={"total_weight": 2.0})
+    lied = [
+        sign(session.owner(index).credentials.signing_key, body)
+        for index, signed in enumerate(session.federation.owners[:4])
+    ]
+    lied = sorted(lied, key=lambda one: one.signer)[: len(openings)]
+    assert fit_refused(session, 2, [lied], **fields) == "FS-ROUND-02"

@@ -75,6 +75,7 @@ def opening_body(number: int, attempt: int, contributors: int) -> Opening:
         headers_hash=sha(f"headers {attempt}"),
         model_hash=sha(f"model {number - 1}"),
         contributors=contributors,
+        total_weight=float(contributors),
         sums_hash=sha(f"sums {attempt}"),
     )
 

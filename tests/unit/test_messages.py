@@ -80,6 +80,7 @@ EXAMPLES: list[Message] = [
         headers_hash=B,
         model_hash=C,
         contributors=3,
+        total_weight=3.0,
         sums_hash=A,
     ),
 ]

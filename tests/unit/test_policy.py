@@ -141,3 +141,10 @@ def test_the_compatibility_scheme_must_be_allowed_by_name() -> None:
     with pytest.raises(PolicyRefused, match=r"plans\.allow_ckks"):
         admit(Policy.from_toml(TEXT), plan)
     admit(Policy.from_toml(TEXT.replace("[plans]", "[plans]\nallow_ckks = true")), plan)
+
+
+def test_weights_that_would_lay_one_owner_bare_are_refused() -> None:
+    cohort = {"minimum": 3, "maximum": 8, "weights": {FINGERPRINT: 0.01}}
+    with pytest.raises(PolicyRefused, match=r"plans\.min_weight"):
+        admit(Policy.from_toml(TEXT), make_plan(cohort=cohort))
+    admit(Policy.from_toml(TEXT), make_plan(cohort=cohort | {"weights": {FINGERPRINT: 0.75}}))

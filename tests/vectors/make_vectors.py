@@ -107,6 +107,7 @@ def signature_vectors() -> dict[str, Any]:
             headers_hash=C,
             model_hash=D,
             contributors=3,
+            total_weight=3.0,
             sums_hash=A,
         ),
     ]
