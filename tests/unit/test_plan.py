@@ -117,7 +117,7 @@ def refusal(plan: dict[str, Any]) -> FedsealError:
         ({"privacy__max_grad_norm": 0.0}, "privacy.max_grad_norm"),
         ({"privacy__expected_batch_size": 0.0}, "privacy.expected_batch_size"),
         ({"privacy__noise_multiplier": 0.0}, "privacy.noise_multiplier"),
-        ({"encryption__preset": "ckks"}, "encryption.preset"),
+        ({"encryption__preset": "paillier"}, "encryption.preset"),
         ({"encryption__quorum": 4}, "encryption.quorum"),
         ({"encryption__quorum": 0}, "encryption.quorum"),
         ({"encryption__update_range": 0.0}, "encryption.update_range"),
