@@ -13,7 +13,7 @@ from scipy import stats
 
 from client import rounds
 from crypto.graph import graph_seed, neighbours
-from crypto.masks import MaskContext, advance, apply_masks, mask_stream
+from crypto.masks import MaskContext, Masks, advance, apply_masks, mask_stream
 from protocol.encoding import digest
 from protocol.errors import PlanInvalid
 from protocol.messages import Header
@@ -118,7 +118,7 @@ def test_without_an_honest_peer_the_victim_is_read(colluders: Any) -> None:
 def test_unmasked_frames_would_be_read_by_any_bought_owner(
     session: HostileRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds.Masks, "apply", lambda _self, slots: slots)
+    monkeypatch.setattr(Masks, "apply", lambda _self, slots: slots)
     _, sealed = session.sealed_attempt()
     opened = slots_of(session, sealed[VICTIM].frames, session.bfv_key(EVIL))
     assert np.all(opened[0, -4:] == 1)

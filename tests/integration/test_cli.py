@@ -204,7 +204,7 @@ class TestPlanCheck:
             ({"privacy": {"delta": 1.0}}, "privacy.delta"),
             ({"privacy": {"sample_rate": 1.5}}, "privacy.sample_rate"),
             ({"encryption": {"quorum": 4}}, "encryption.quorum"),
-            ({"encryption": {"preset": "ckks"}}, "encryption.preset"),
+            ({"encryption": {"preset": "paillier"}}, "encryption.preset"),
             ({"task": {"value_range": [16.0, 0.0]}}, "task.value_range"),
         ],
     )
