@@ -42,6 +42,8 @@ with _root_logger_kept():
     from opacus.optimizers import DPOptimizer
     from opacus.validators import ModuleValidator
 
+_LOG = logging.getLogger("fedseal.client")
+
 MICRO_BATCH_VALUES = 2**24
 """Most per-example gradient values held at once (64 MiB); larger batches are added up piece by piece."""
 
@@ -192,6 +194,8 @@ def _train(
         try:
             _step(task, sampled, optimizer, examples.x[chosen], examples.y[chosen])
         except Exception:  # a step that fails sends its noise, so that nobody learns that it failed
+            # the owner's own log only: an owner must be able to see that its steps fail
+            _LOG.warning("a training step failed and sent its noise alone")
             _forget(sampled)
             optimizer.step_with_noise_only()
     return flatten(model).astype(np.float64) - start
