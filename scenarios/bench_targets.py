@@ -122,6 +122,12 @@ def _overhead(run: Run) -> float | None:
     return None if ratio is None else ratio - 1.0
 
 
+def _opener_add(run: Run) -> float | None:
+    opener = _median(run, "exact16", "opener_cpu_s")
+    server = _median(run, "nvflare", "server_cpu_s")
+    return None if opener is None or not server else opener / run["settings"]["clients"] / server
+
+
 def _shown(value: float | bool | None) -> str:
     if value is None:
         return "-"
@@ -158,9 +164,16 @@ TARGETS: Final = (
     ),
     Target(
         "add_vs_nvflare",
-        "server CPU per upload to NVFLARE's",
+        "server CPU per upload (checking; openers add) to NVFLARE's",
         _SIXTH,
         _ratio("exact16", "nvflare", "server_cpu_s"),
+        *_SIZABLE,
+    ),
+    Target(
+        "opener_add_vs_nvflare",
+        "opener CPU per upload (checking, adding, opening) to NVFLARE's server",
+        _SIXTH,
+        _opener_add,
         *_SIZABLE,
     ),
     Target(

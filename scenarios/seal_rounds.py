@@ -64,7 +64,7 @@ class Round(Protocol):
         """Return what the last `seal` of a rehearsal encoded, int64 (n,); None if the scheme is inexact."""
 
     def add(self, index: int, upload: list[bytes]) -> None:
-        """Check and add the upload of one client, as the server."""
+        """Take in the upload of one client, as the server: check it, and add it where the server adds."""
 
     def finish(self) -> Sequence[bytes]:
         """End the sum as the server and return what every client downloads, if the server knows it."""
@@ -102,7 +102,6 @@ class FedsealRound:
         """Forget sums and uploads; digests stay, for uploads of the same round that are added again."""
         self._rehearsal = rehearsal
         self._drawn: list[Floats] = []
-        self._totals: list[Any] = []
         self._uploads: dict[int, bytes] = {}
 
     def seal(self, index: int, update: NDArray[np.float32]) -> list[bytes]:
@@ -123,20 +122,17 @@ class FedsealRound:
         return quantize(update.astype(np.float64), UPDATE_RANGE, self._packing, uniforms).astype(np.int64)
 
     def add(self, index: int, upload: list[bytes]) -> None:
-        """Compare digests, check residues, add; residues twice, as the server does: it refuses first."""
+        """Compare digests and check residues; adding is left to the openers, as in `server.rounds`."""
         (blob,) = upload
         frames = self._server.split(blob, self._packing.frames_for(self._parameters))
         if _frames_hash(frames) != self._hashes[index]:
             raise FrameInvalid("frames are not the ones whose digest was signed")
         for frame in frames:
             self._server.check(frame)
-        running = self._totals or [None] * len(frames)
-        self._totals = [self._server.add(total, f) for total, f in zip(running, frames, strict=True)]
         self._uploads[index] = blob
 
     def finish(self) -> Sequence[bytes]:
-        """Drop the server's sum: only openers make what clients download."""
-        self._totals = []
+        """Return nothing: only openers make what clients download."""
         return ()
 
     def open(self, download: Sequence[bytes]) -> Opened:

@@ -1,7 +1,7 @@
 """One attempt at a round: fit, seal, open, from the coordinator's side.
 
-The coordinator holds no key. It checks signatures, digests and residues as replies arrive, adds the
-ciphertexts, and accepts an opened sum only when a quorum of owners signed the same one.
+The coordinator holds no key. It checks signatures, digests and residues as replies arrive and passes
+frames on to the openers, who add them; it accepts an opened sum only when a quorum signed the same one.
 """
 
 from __future__ import annotations
@@ -187,7 +187,6 @@ class RoundRunner:
         message = SealRequest(session=self._session.session, attempt=attempt.number, ready=attempt.ready)
         request = Request(message.to_bytes())
         sealed: dict[str, tuple[Signed, bytes]] = {}
-        totals: list[object] = []
         for reply in self._exchanger.ask(
             "train.seal",
             {member.node: request for member in listed},
@@ -198,7 +197,6 @@ class RoundRunner:
             if signed is None:
                 continue
             sealed[member.fingerprint] = (signed, reply.blob)
-            totals = self._add(totals, reply.blob)
             member.sealed += 1
             attempt.upload_bytes = len(reply.body) + len(reply.blob)
         self._mark_absent(listed, sealed.keys())
@@ -241,13 +239,6 @@ class RoundRunner:
             self._store.event("repeated_seed", owner=member.name)
             raise FrameInvalid("a ciphertext seed occurred before")
         self._seeds |= seeds
-
-    def _add(self, totals: Sequence[object], blob: bytes) -> list[object]:
-        """Add an owner's frames to the running sum; residues are checked on the way."""
-        size = self._packing.frame_bytes
-        frames = [blob[start : start + size] for start in range(0, len(blob), size)]
-        running = totals or [None] * len(frames)
-        return [self._context.add(total, frame) for total, frame in zip(running, frames, strict=True)]
 
     # --- open --------------------------------------------------------------------------------------
 

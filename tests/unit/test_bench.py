@@ -34,6 +34,7 @@ TARGET_KEYS = [
     "bytes_up.compact",
     "encrypt_vs_nvflare",
     "add_vs_nvflare",
+    "opener_add_vs_nvflare",
     "mask_overhead.8",
     "rss_vs_nvflare.10M",
     "sum_exact",
@@ -331,7 +332,7 @@ def made_run(parameters: int, clients: int, arms: Mapping[str, Mapping[str, floa
 
 def ours(client: float = 1.3, wrong: float = 0.0) -> dict[str, dict[str, float]]:
     def arm(client_s: float, up: float) -> dict[str, float]:
-        costs = {"client_cpu_s": client_s, "server_cpu_s": 1.0, "peak_rss_mib": 100.0}
+        costs = {"client_cpu_s": client_s, "server_cpu_s": 1.0, "opener_cpu_s": 4.0, "peak_rss_mib": 100.0}
         return {**costs, "upload_bytes_per_parameter": up, "wrong_integer_sums": wrong}
 
     return {"exact16": arm(client, 3.5), "unmasked": arm(1.0, 3.5), "compact": arm(0.9, 2.5)}
@@ -350,11 +351,13 @@ def test_targets_are_met_or_missed_by_what_was_measured() -> None:
     values = {key: entry["value"] for key, entry in entries.items()}
     assert values["encrypt_vs_nvflare"] == pytest.approx(1 / 7)
     assert values["add_vs_nvflare"] == pytest.approx(1 / 5)
+    # the smaller cohort is the worse one here: an opener's fixed cost falls on two uploads
+    assert values["opener_add_vs_nvflare"] == pytest.approx(4 / 2 / 5)
     assert values["mask_overhead.8"] == pytest.approx(0.3)
     assert values["rss_vs_nvflare.10M"] == pytest.approx(0.2)
     assert entries["rss_vs_nvflare.10M"]["from"] == "10,000,000 parameters, 2 clients"
     missed = {key for key, entry in entries.items() if not entry["met"]}
-    assert missed == {"bytes_up.compact", "add_vs_nvflare"}
+    assert missed == {"bytes_up.compact", "add_vs_nvflare", "opener_add_vs_nvflare"}
 
 
 def test_the_worst_run_counts() -> None:
