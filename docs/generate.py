@@ -30,14 +30,22 @@ whole numbers may stand for fractions. Everything in a plan is public.
 Across fields: `cohort.maximum` is at least `cohort.minimum`, and `cohort.minimum` is at least 3 unless
 `cohort.allow_small` is true. `encryption.quorum` is at most `cohort.minimum`. `task.value_range` is
 ascending. `privacy.target_epsilon` is required unless `privacy.noise` is `"none"`, which allows neither it
-nor `privacy.noise_multiplier`."""
+nor `privacy.noise_multiplier`. `privacy.max_update_norm` stands exactly with `privacy.unit = "client"`,
+which needs noise. `privacy.noise = "distributed"` is EXPERIMENTAL; it needs `cohort.minimum` of at least
+`privacy.tolerated_colluders` + 3, no `cohort.weights`, an exact preset, `training.local_steps = 1` unless
+the unit is `client`, and a noise share of at least 8 steps of the quantization grid (`FS-PLAN-04`). The
+section `evaluation` may be left out; there is no evaluation then. It needs the unit `example`;
+`evaluation.noise` is `"none"` exactly if `privacy.noise` is, and `evaluation.target_epsilon` is required
+otherwise."""
 
 POLICY_INTRODUCTION: Final = """\
 A policy is a TOML file that an owner writes for its own data; no message can change it. A field without a
 default must be given. An unknown table or field and a value of another type are refused with
 `FS-POLICY-01`; a plan outside the policy is refused with `FS-POLICY-02` before any data is read.
 
-Across fields: `budget.epsilon_per_run` is at most `budget.epsilon_total`. `plans.min_cohort` below 3 needs
+Across fields: `budget.epsilon_per_run` is at most `budget.epsilon_total`, and `budget.epsilon_worst` at
+least that. `plans.allow_distributed_noise` needs `budget.epsilon_worst`, and a plan with distributed noise
+needs a `peers.min_known_peers` above its `privacy.tolerated_colluders`. `plans.min_cohort` below 3 needs
 `plans.allow_small`, and `peers.min_known_peers = 0` needs `peers.demo`."""
 
 ERRORS_INTRODUCTION: Final = """\
@@ -72,9 +80,9 @@ def _errors_page() -> str:
 def _schema_page(title: str, introduction: str, model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     sections = [
-        _section(name, schema["$defs"][field["$ref"].rpartition("/")[2]])
+        _section(name, schema["$defs"][_given(field)["$ref"].rpartition("/")[2]])
         for name, field in schema["properties"].items()
-        if "$ref" in field
+        if "$ref" in _given(field)
     ]
     return _page(title, introduction, [_fields(schema), *sections])
 
@@ -98,7 +106,7 @@ def _fields(schema: dict[str, Any]) -> str:
             field["description"],
         ]
         for name, field in schema["properties"].items()
-        if "$ref" not in field
+        if "$ref" not in _given(field)
     ]
     return _table(["field", "type", "default", "range", "description"], rows)
 

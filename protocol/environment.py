@@ -1,9 +1,12 @@
-"""The environment in which Flower runs, in every process of every party."""
+"""The environment in which Flower and other libraries run, in every process of every party."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -28,3 +31,18 @@ def prepare_environment() -> None:
     programs = str(Path(sys.executable).parent)
     if programs not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = programs + os.pathsep + os.environ.get("PATH", "")
+
+
+@contextmanager
+def root_logger_kept() -> Iterator[None]:
+    """Undo what a library does to the root logger.
+
+    Importing Opacus, and a first warning of absl, give it a handler that prints every package's log.
+    """
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)

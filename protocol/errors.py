@@ -106,7 +106,7 @@ class LedgerRollback(FedsealError):
 
     code = "FS-LEDGER-02"
     what = "The privacy ledger is older than its last known head."
-    remedy = "Restore the ledger that has the newer head; an older copy under-counts what was spent."
+    remedy = "Restore the newest ledger; if it is lost, declare its cost with fedseal ledger adopt."
     exit_code = 3
 
 
@@ -205,7 +205,10 @@ class EncryptionUnavailable(FedsealError):
 
     code = "FS-FRAME-02"
     what = "The encryption library failed its self-test."
-    remedy = "Install the pinned TenSEAL version of constraints.txt and run fedseal doctor."
+    remedy = (
+        "Install the pinned TenSEAL; or plan encryption.frames = 'seal', which each policy must allow by "
+        "plans.allow_seal_frames."
+    )
     exit_code = 4
 
 
@@ -360,3 +363,117 @@ class BenchmarkFailed(FedsealError):
     what = "The benchmark could not be run."
     remedy = "Correct what the detail names; an arm that ended may need more memory or fewer parameters."
     exit_code = 10
+
+
+class DatasetMissing(FedsealError):
+    """A public dataset that a scenario names is not on this machine."""
+
+    code = "FS-DATA-02"
+    what = "A public dataset that the scenario needs is not on this machine."
+    remedy = "Put its files where docs/scenarios.md says, or name their folder in FEDSEAL_DATA."
+    exit_code = 6
+
+
+class LedgerOutrun(LedgerRollback):
+    """Others hold a message that this owner signed and whose ledger head this ledger does not hold."""
+
+    code = "FS-LEDGER-04"
+    what = "This owner signed a ledger head that its ledger does not hold: the ledger is an older copy."
+    remedy = "Restore the newest ledger; if it is lost, declare its cost with fedseal ledger adopt."
+    exit_code = 3
+
+
+class ShareTooSmall(FedsealError):
+    """A noise share is too small beside the quantization grid for the proof of distributed noise."""
+
+    code = "FS-PLAN-04"
+    what = "An owner's noise share is too small beside the quantization grid."
+    remedy = (
+        "Choose a finer encryption.preset, a smaller cohort.maximum or expected_batch_size, more noise."
+    )
+    exit_code = 2
+
+
+class AccountantRefused(FedsealError):
+    """A plan names a way of counting privacy loss that gives no usable bound."""
+
+    code = "FS-PLAN-05"
+    what = "This accountant is not offered."
+    remedy = (
+        "Leave privacy.accountant out: 'pld' is the tightest bound; fedseal privacy plan shows the others."
+    )
+    exit_code = 2
+
+
+class ExamplesMixed(ModelUnsafe):
+    """The output for one example depends on the other examples of the batch."""
+
+    code = "FS-MODEL-02"
+    what = "The model's output for one example depends on other examples of the batch."
+    remedy = "Compute every example by itself: no mean, sort, or count over the batch's first dimension."
+    exit_code = 6
+
+
+class StatisticsKept(ModelUnsafe):
+    """A layer keeps statistics of its inputs, or the model has buffers."""
+
+    code = "FS-MODEL-03"
+    what = "The model has buffers, or a layer that keeps statistics of its inputs."
+    remedy = "Replace BatchNorm by GroupNorm or LayerNorm, and compute constants in forward."
+    exit_code = 6
+
+
+class ParameterUnused(ModelUnsafe):
+    """A trained parameter takes no part in the loss."""
+
+    code = "FS-MODEL-04"
+    what = "A trained parameter takes no part in the loss, so that it would receive noise alone."
+    remedy = "Remove the named parameter, or freeze it with requires_grad_(False)."
+    exit_code = 6
+
+
+class WeightsTied(ModelUnsafe):
+    """One parameter stands at two places of the model."""
+
+    code = "FS-MODEL-05"
+    what = "One parameter stands at two places of the model."
+    remedy = "Give each layer weights of its own; the norm of a shared weight's gradient is not the sum."
+    exit_code = 6
+
+
+class LayerUnsupported(ModelUnsafe):
+    """No gradient engine gives the right per-example gradients of this model."""
+
+    code = "FS-MODEL-06"
+    what = "No gradient engine gives the gradient of each example for this model."
+    remedy = "Build it from the layers of docs/privacy.md, or set training.gradient_engine = 'auto'."
+    exit_code = 6
+
+
+class NoiseSeeded(FedsealError):
+    """Noise does not come from the stream that the operating system keys."""
+
+    code = "FS-NOISE-01"
+    what = "The noise does not come from a stream that the operating system keys for every step."
+    remedy = "Use client.noise.SecureStream as it is; a noise that a seed repeats can be subtracted."
+    exit_code = 6
+
+
+class SamplerReplaced(FedsealError):
+    """Batches are not drawn by independent secret coins with the plan's probability."""
+
+    code = "FS-NOISE-02"
+    what = "Batches are not drawn by a secret coin for each record with the plan's probability."
+    remedy = "Use client.noise.SecureStream.coins as it is; the accounting holds for Poisson batches alone."
+    exit_code = 6
+
+
+class EvaluationRefused(FedsealError):
+    """A coordinator asks for counts that the plan does not allow."""
+
+    code = "FS-ROUND-04"
+    what = "The plan does not allow this evaluation."
+    remedy = (
+        "Only what the plan's section evaluation names is counted, once for each model; docs/privacy.md."
+    )
+    exit_code = 4

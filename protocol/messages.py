@@ -7,7 +7,7 @@ covers ``fedseal/<kind>/1`` plus a zero byte plus the canonical bytes of the bod
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,7 +16,11 @@ from protocol.errors import EncodingInvalid
 from protocol.plan import first_problem
 
 Fingerprint = Digest
-Purpose = Literal["train"]
+Purpose = Literal["train", "evaluate"]
+"""What an attempt is for: an update of the model, or counts of right and wrong answers."""
+
+PURPOSES: Final[tuple[Purpose, ...]] = ("train", "evaluate")
+
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
@@ -76,6 +80,15 @@ class LedgerHead(Message):
     sequence: Count
     head: Digest
 
+    @classmethod
+    def of(cls, message: Signed) -> Self:
+        """Return the head in a join, a ready message or a statement, of this or an earlier version.
+
+        Raises:
+            EncodingInvalid: The message has none.
+        """
+        return cls.from_fields(message.body.get("ledger"))
+
 
 # --- joining -----------------------------------------------------------------------------------------
 
@@ -126,21 +139,30 @@ class Wraps(Body):
 
 
 class RosterReply(Message):
-    """Answer to `RosterRequest`: one HPKE ciphertext per other owner, by fingerprint."""
+    """Answer to `RosterRequest`: one HPKE ciphertext per other owner, by fingerprint.
+
+    `heads` holds, for other owners of the roster, the message with the highest ledger head that this
+    owner has seen them sign. Only its signer believes it, and only for its own signature.
+    """
 
     wraps: Signed
     seeds: dict[Fingerprint, Blob]
     keys: dict[Fingerprint, Blob]
+    heads: dict[Fingerprint, Signed]
 
 
 class KeysRequest(Message):
-    """`query.keys`: all signed wraps in roster order, all wrap digests, and the wraps for this owner."""
+    """`query.keys`: all signed wraps in roster order, all wrap digests, and the wraps for this owner.
+
+    `heads` holds the receiver's own earlier messages that its peers returned.
+    """
 
     run: Digest
     wraps: list[Signed]
     wrap_digests: dict[Fingerprint, dict[Fingerprint, list[Digest]]]
     seeds: dict[Fingerprint, Blob]
     key: Blob | None
+    heads: list[Signed]
 
 
 class Session(Body):
@@ -175,25 +197,31 @@ class Opening(Body):
 
 
 class FitRequest(Message):
-    """`train.fit`: the openings that lead from the owner's model to this round's model.
+    """`train.fit`: the openings that lead from the owner's model to the model of this attempt.
 
-    Each step is one finished round: the agreeing openings of at least a quorum. The blob beside the
-    request holds the sums of all steps in their order, little-endian uint32, one per parameter.
+    For training, `round` is the round that the attempt shall finish; for evaluation, the finished round
+    whose model is evaluated. Each step is one finished round: the agreeing openings of at least a quorum.
+    The blob beside the request holds the sums of all steps in their order, little-endian uint32, one per
+    parameter. `newest` is the receiver's newest ready message: a node whose home was put back meets its
+    own ledger head.
     """
 
     session: Digest
     attempt: Count
+    purpose: Purpose
     round: Count
     model_hash: Digest
     steps: list[list[Signed]]
+    newest: Signed | None
 
 
 class Ready(Body):
-    """An owner's word that its update for this attempt is in memory."""
+    """An owner's word that its contribution to this attempt is in memory."""
 
     KIND = "ready"
     session: Digest
     attempt: Count
+    purpose: Purpose
     model_hash: Digest
     ledger: LedgerHead
 
@@ -258,16 +286,24 @@ class CloseRequest(Message):
 
 
 class Statement(Body):
-    """An owner's closing statement: what this run cost it, and which model came out."""
+    """An owner's closing statement: what this run cost it, and which model came out.
+
+    `epsilon` and `delta` cover the whole run; `evaluation_epsilon` and `evaluation_delta` are the parts of
+    them that evaluations cost. An epsilon of None bounds nothing.
+    """
 
     KIND = "statement"
     session: Digest
     plan_hash: Digest
     model_hash: Digest
-    unit: Literal["example"]
+    unit: Literal["example", "client"]
     epsilon: float | None
+    epsilon_worst: float | None
     delta: float
+    evaluation_epsilon: float | None
+    evaluation_delta: float
     sealed_attempts: Count
+    sealed_evaluations: Count
     void_attempts: Count
     ledger: LedgerHead
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.plan import ServerOptimizerSection
+from protocol.sections import ServerOptimizerSection
 
 Vector = NDArray[np.float64]
 

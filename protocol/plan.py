@@ -10,188 +10,27 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from protocol.encoding import Digest, digest
+from protocol.encoding import digest
 from protocol.errors import PlanInvalid
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Base of all plan sections: strict types, no unknown keys, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class RunSection(Section):
-    """Name and length of the run."""
-
-    name: Name = Field(description="Name of the run, used for its folder.")
-    rounds: int = Field(ge=1, le=100_000, description="Rounds that must finish.")
-    paid_spares: int = Field(
-        default=1,
-        ge=0,
-        le=10_000,
-        description="Rounds beyond `rounds` that the noise pays for: an attempt that is void after it was "
-        "sealed costs privacy like any other.",
-    )
-    spare_attempts: int = Field(
-        default=5, ge=0, le=10_000, description="Attempts beyond `rounds` that void rounds may use up."
-    )
-
-
-class TaskSection(Section):
-    """What is learned, in public terms."""
-
-    name: Name = Field(description="Task of the registry, for example `image-classification`.")
-    input_shape: list[Annotated[int, Field(ge=1, le=100_000)]] = Field(
-        min_length=1, max_length=4, description="Shape of one example, for example [8, 8]."
-    )
-    value_range: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(
-        default=[0.0, 1.0], min_length=2, max_length=2, description="Declared range of raw values."
-    )
-    classes: int = Field(ge=2, le=100_000, description="Number of classes.")
-
-    @model_validator(mode="after")
-    def _ordered_range(self) -> Self:
-        if not self.value_range[0] < self.value_range[1]:
-            raise ValueError("task.value_range must be [low, high] with low < high")
-        return self
-
-
-class ModelSection(Section):
-    """Architecture and round 0's weights."""
-
-    name: Name = Field(description="Model of the registry: `linear` or `mlp`.")
-    hidden: list[Annotated[int, Field(ge=1, le=65_536)]] = Field(
-        default=[], max_length=8, description="Widths of the hidden layers of `mlp`."
-    )
-    initial_seed: int = Field(default=0, ge=0, lt=2**32, description="Public seed of the first weights.")
-    initial_sha256: Digest | None = Field(
-        default=None, description="Hash of round 0's model; filled in when the plan is resolved."
-    )
-
-
-class CohortSection(Section):
-    """How many owners take part."""
-
-    minimum: int = Field(ge=1, le=1024, description="Fewest owners that a round may have.")
-    maximum: int = Field(ge=1, le=1024, description="Most owners; encryption capacity is proved for it.")
-    weights: dict[Digest, Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]] = Field(
-        default={},
-        description="Public weights by fingerprint, for owners that shall count less than 1. Never derive "
-        "them from private record counts.",
-    )
-    corrupted_share: float = Field(
-        default=1 / 3,
-        ge=1 / 3,
-        lt=1,
-        description="Share of a list above 64 owners that may collude; decides how many peers mask.",
-    )
-    allow_small: bool = Field(
-        default=False,
-        description="Accept a minimum below 3. With two owners each sees the other's exact update.",
-    )
-
-    @model_validator(mode="after")
-    def _sizes(self) -> Self:
-        if self.maximum < self.minimum:
-            raise ValueError("cohort.maximum must not be below cohort.minimum")
-        if self.minimum < 3 and not self.allow_small:
-            raise ValueError("cohort.minimum below 3 needs cohort.allow_small = true")
-        return self
-
-
-class DeadlineSection(Section):
-    """The named time limits of a run, in seconds."""
-
-    join_s: Seconds = Field(default=60.0, description="Wait for owners to join.")
-    fit_s: Seconds = Field(default=120.0, description="Wait for local training.")
-    seal_s: Seconds = Field(default=60.0, description="Wait for encrypted updates.")
-    open_s: Seconds = Field(default=60.0, description="Wait for opened sums.")
-
-
-class TrainingSection(Section):
-    """Constants of local training; all public."""
-
-    local_steps: int = Field(ge=1, le=100_000, description="DP-SGD steps of an owner in one round.")
-    learning_rate: float = Field(gt=0, le=1e4, description="Step size of local DP-SGD.")
-
-
-class ServerOptimizerSection(Section):
-    """How the mean update changes the model; every owner recomputes it."""
-
-    name: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = Field(
-        default="fedavg", description="Reddi et al. 2021, 'Adaptive Federated Optimization'."
-    )
-    learning_rate: Positive = Field(default=1.0, description="Server step size.")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="fedavgm's momentum; Adam's beta 1.")
-    second_moment: float = Field(default=0.99, ge=0, lt=1, description="Adam's and Yogi's beta 2.")
-    epsilon: Positive = Field(default=1e-3, description="Adam's and Yogi's tau.")
-
-
-class PrivacySection(Section):
-    """Differential privacy of the run. Adjacency is add/remove of one unit."""
-
-    unit: Literal["example"] = Field(
-        default="example", description="What one guarantee covers: one record of one owner."
-    )
-    noise: Literal["local", "none"] = Field(
-        default="local",
-        description="`local`: each owner adds all the noise itself. `none`: no privacy guarantee.",
-    )
-    target_epsilon: Positive | None = Field(default=None, description="Budget of the whole run.")
-    delta: float = Field(default=1e-5, gt=0, lt=1, description="Failure probability.")
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6, description="L2 clipping norm of one example.")
-    sample_rate: float = Field(gt=0, le=1, description="Poisson sampling probability of one example.")
-    expected_batch_size: float = Field(
-        ge=1e-3,
-        le=1e12,
-        description="Public divisor of the noisy gradient sum; never the owner's record count.",
-    )
-    noise_multiplier: Positive | None = Field(
-        default=None, description="Noise deviation over max_grad_norm; calibrated when left out."
-    )
-
-    @model_validator(mode="after")
-    def _target(self) -> Self:
-        if self.noise == "local" and self.target_epsilon is None:
-            raise ValueError("privacy.target_epsilon is required unless privacy.noise is 'none'")
-        if self.noise == "none" and (self.target_epsilon or self.noise_multiplier):
-            raise ValueError(
-                "privacy.noise = 'none' gives no guarantee: remove target_epsilon and noise_multiplier"
-            )
-        return self
-
-
-class EncryptionSection(Section):
-    """Homomorphic encryption of the updates."""
-
-    preset: Literal["exact16", "compact", "fine", "wide", "ckks"] = Field(
-        default="exact16", description="Parameter set; see docs/encryption.md."
-    )
-    quorum: int = Field(default=2, ge=1, le=1024, description="Owners whose opened sums must agree.")
-    update_range: float | None = Field(
-        default=None,
-        ge=1e-9,
-        le=1e9,
-        description="Largest magnitude of one update value; derived from public constants if left out.",
-    )
-
-
-class CompressionSection(Section):
-    """How the finished model is made small."""
-
-    prune_ratio: float = Field(default=0.5, ge=0, lt=1, description="Share of hidden units to remove.")
-    quantize: Literal["int8", "none"] = Field(default="int8", description="Weight and activation type.")
-    max_accuracy_drop: float = Field(
-        default=0.01, ge=0, le=1, description="Largest accepted loss of accuracy on public data."
-    )
+from protocol.sections import (
+    CohortSection,
+    CompressionSection,
+    DeadlineSection,
+    EncryptionSection,
+    EvaluationSection,
+    ModelSection,
+    PrivacySection,
+    RunSection,
+    Section,
+    ServerOptimizerSection,
+    TaskSection,
+    TrainingSection,
+)
+from protocol.shares import CLAMP_SHARE, LARGEST_PARAMETERS, clamp_deviations, share_deviation
 
 
 class Plan(Section):
@@ -209,6 +48,7 @@ class Plan(Section):
     training: TrainingSection
     server_optimizer: ServerOptimizerSection = ServerOptimizerSection()
     privacy: PrivacySection
+    evaluation: EvaluationSection | None = None
     encryption: EncryptionSection = EncryptionSection()
     compression: CompressionSection = CompressionSection()
 
@@ -216,6 +56,38 @@ class Plan(Section):
     def _quorum(self) -> Self:
         if self.encryption.quorum > self.cohort.minimum:
             raise ValueError("encryption.quorum must not be above cohort.minimum")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation(self) -> Self:
+        if self.evaluation is None:
+            return self
+        if self.privacy.unit != "example":
+            raise ValueError("evaluation: counts are protected per example, not per client")
+        if (self.evaluation.noise == "none") != (self.privacy.noise == "none"):
+            raise ValueError("evaluation.noise must be 'none' exactly if privacy.noise is 'none'")
+        return self
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        """Refuse distributed noise wherever the proof of docs/privacy.md does not hold."""
+        privacy = self.privacy
+        if privacy.noise != "distributed":
+            return self
+        if self.cohort.minimum < privacy.tolerated_colluders + 3:
+            raise ValueError(
+                "privacy.noise = 'distributed' needs cohort.minimum >= privacy.tolerated_colluders + 3"
+            )
+        if privacy.unit == "example" and self.training.local_steps != 1:
+            raise ValueError(
+                "privacy.noise = 'distributed' needs training.local_steps = 1 or privacy.unit = 'client'"
+            )
+        if self.cohort.weights:
+            raise ValueError("privacy.noise = 'distributed' needs empty cohort.weights: they shrink shares")
+        if self.encryption.preset == "ckks":
+            raise ValueError("privacy.noise = 'distributed' needs an exact encryption.preset, not 'ckks'")
+        if privacy.noise_multiplier is not None and not self.signal_bound > 0:
+            raise ValueError("encryption.update_range is too narrow for the noise: leave it out")
         return self
 
     @classmethod
@@ -248,13 +120,26 @@ class Plan(Section):
 
     @property
     def max_attempts(self) -> int:
-        """Most attempts that a run may make, finished and void ones together."""
-        return self.run.rounds + self.run.spare_attempts
+        """Most attempts that a run may make, finished and void ones and evaluations together."""
+        return self.run.rounds + self.run.spare_attempts + self.paid_evaluations
 
     @property
     def paid_rounds(self) -> int:
         """Sealed attempts that the noise pays for, void ones included."""
         return self.run.rounds + self.run.paid_spares
+
+    @property
+    def paid_evaluations(self) -> int:
+        """Sealed evaluations that the noise pays for, void ones included; 0 without evaluation."""
+        if self.evaluation is None:
+            return 0
+        return -(-self.run.rounds // self.evaluation.every) + self.run.paid_spares
+
+    def is_evaluated(self, finished_round: int) -> bool:
+        """Tell whether the model after this finished round is evaluated on the owners' records."""
+        if self.evaluation is None or not 1 <= finished_round <= self.run.rounds:
+            return False
+        return finished_round % self.evaluation.every == 0 or finished_round == self.run.rounds
 
     @property
     def total_steps(self) -> int:
@@ -270,19 +155,71 @@ class Plan(Section):
         return math.fsum(self.cohort.weights.get(owner, 1.0) for owner in sorted(owners))
 
     @property
+    def sensitivity(self) -> float:
+        """Most that one unit changes a release in L2: the clipping norm of an example or an update."""
+        return self.privacy.max_update_norm or self.privacy.max_grad_norm
+
+    @property
+    def update_scale(self) -> float:
+        """Factor from what the noise is added to, a clipped gradient sum or an update, to an update."""
+        if self.privacy.unit == "client":
+            return 1.0
+        return self.training.learning_rate / self.privacy.expected_batch_size
+
+    @property
+    def mechanism_delta(self) -> float:
+        """Part of delta that the noise is priced at; with distributed noise clamping takes the rest."""
+        delta = self.privacy.delta
+        return delta * (1.0 - CLAMP_SHARE) if self.privacy.noise == "distributed" else delta
+
+    def noise_deviation(self, owners: int) -> float:
+        """Return the deviation of the noise that one owner adds, before `update_scale`.
+
+        Args:
+            owners: Length of the round's list; it matters only for distributed noise.
+        """
+        deviation = (self.privacy.noise_multiplier or 0.0) * self.sensitivity
+        if self.privacy.noise != "distributed":
+            return deviation
+        return share_deviation(deviation, owners, self.privacy.tolerated_colluders)
+
+    @property
+    def signal_bound(self) -> float:
+        """Public bound of one value without its noise, before `update_scale`.
+
+        A step's sum is at most the clipping norm times the batch, and twice the expected batch is allowed
+        for; an update of unit `client` is within its own norm. With distributed noise a named
+        `encryption.update_range` lowers it, because the noise must keep its room.
+        """
+        named = self.encryption.update_range
+        if named is not None and self.privacy.noise == "distributed":
+            return named / self.update_scale - self._noise_room
+        if self.privacy.unit == "client":
+            return self.sensitivity
+        batch = self.privacy.expected_batch_size
+        return 2.0 * self.training.local_steps * batch * self.sensitivity
+
+    @property
+    def _noise_room(self) -> float:
+        steps = 1 if self.privacy.unit == "client" else self.training.local_steps
+        deviations = 8.0
+        if self.privacy.noise == "distributed":
+            values = LARGEST_PARAMETERS * self.cohort.maximum * self.paid_rounds
+            epsilon = self.privacy.target_epsilon or 0.0
+            deviations = clamp_deviations(values, self.privacy.delta, epsilon)
+        return deviations * self.noise_deviation(self.cohort.minimum) * math.sqrt(steps)
+
+    @property
     def update_range(self) -> float:
         """Public range R of one update value; beyond it values are clamped.
 
-        Unless the plan names it: a step moves a value by at most the step size times the clipped sum
-        over the expected batch size, and twice the expected batch is allowed for; the noise adds eight
-        of its standard deviations over all steps. Clamping costs accuracy and never privacy.
+        Unless the plan names it: room for the signal and for eight deviations of the noise over all
+        steps. Clamping costs accuracy and never privacy, except with distributed noise, where the room
+        is so wide that clamping is paid for by a part of delta.
         """
         if self.encryption.update_range is not None:
             return self.encryption.update_range
-        privacy, steps = self.privacy, self.training.local_steps
-        signal = 2.0 * steps
-        noise = 8.0 * (privacy.noise_multiplier or 0.0) * math.sqrt(steps) / privacy.expected_batch_size
-        return self.training.learning_rate * privacy.max_grad_norm * (signal + noise)
+        return self.update_scale * (self.signal_bound + self._noise_room)
 
 
 def first_problem(error: ValidationError) -> str:

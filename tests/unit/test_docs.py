@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -44,7 +44,8 @@ def subclasses(kind: type[FedsealError]) -> set[type[FedsealError]]:
 def field_names(model: type[BaseModel]) -> list[tuple[str, str]]:
     names = []
     for name, field in model.model_fields.items():
-        inner: Any = field.annotation
+        given = [one for one in get_args(field.annotation) if one is not type(None)]
+        inner: Any = given[0] if given else field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             names += [(name, own) for own in inner.model_fields]
         else:

@@ -50,8 +50,12 @@ STATEMENT = Statement(
     model_hash=C,
     unit="example",
     epsilon=2.0,
+    epsilon_worst=4.5,
     delta=1e-5,
+    evaluation_epsilon=0.5,
+    evaluation_delta=1e-6,
     sealed_attempts=2,
+    sealed_evaluations=1,
     void_attempts=0,
     ledger=HEAD,
 )
@@ -66,11 +70,19 @@ EXAMPLES: list[Message] = [
     JoinRequest(run=A, plan={"run": {"name": "x"}}),
     JoinReply(certificate=b"der", join=SIGNED),
     Wraps(run=A, plan_hash=A, roster_hash=B, nonce=C, wraps_hash=C, key_commitment=None),
-    RosterReply(wraps=SIGNED, seeds={A: b"1", B: b""}, keys={}),
-    KeysRequest(run=A, wraps=[SIGNED], wrap_digests={A: {B: [C]}}, seeds={}, key=None),
+    RosterReply(wraps=SIGNED, seeds={A: b"1", B: b""}, keys={}, heads={B: SIGNED}),
+    KeysRequest(run=A, wraps=[SIGNED], wrap_digests={A: {B: [C]}}, seeds={}, key=None, heads=[]),
     Session(session=A),
-    Ready(session=A, attempt=0, model_hash=B, ledger=HEAD),
-    FitRequest(session=A, attempt=1, round=1, model_hash=B, steps=[[SIGNED], []]),
+    Ready(session=A, attempt=0, purpose="evaluate", model_hash=B, ledger=HEAD),
+    FitRequest(
+        session=A,
+        attempt=1,
+        purpose="train",
+        round=1,
+        model_hash=B,
+        steps=[[SIGNED], []],
+        newest=SIGNED,
+    ),
     OpenRequest(session=A, attempt=1, ready=[SIGNED], headers=[]),
     Opening(
         session=A,
@@ -151,9 +163,9 @@ def test_a_count_is_a_small_natural_number(value: Any) -> None:
 
 def test_a_purpose_or_unit_that_is_not_known_is_refused() -> None:
     with pytest.raises(EncodingInvalid):
-        Header.from_bytes(encode(HEADER.model_dump(mode="json") | {"purpose": "evaluate"}))
+        Header.from_bytes(encode(HEADER.model_dump(mode="json") | {"purpose": "release"}))
     with pytest.raises(EncodingInvalid):
-        Statement.from_bytes(encode(STATEMENT.model_dump(mode="json") | {"unit": "client"}))
+        Statement.from_bytes(encode(STATEMENT.model_dump(mode="json") | {"unit": "person"}))
 
 
 def test_a_key_of_a_mapping_is_a_fingerprint() -> None:

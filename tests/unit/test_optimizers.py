@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from protocol.optimizers import GlobalModel, apply_update
-from protocol.plan import ServerOptimizerSection
+from protocol.sections import ServerOptimizerSection
 
 NAMES = ["fedavg", "fedavgm", "fedadam", "fedyogi"]
 Column = tuple[Decimal, Decimal, Decimal]

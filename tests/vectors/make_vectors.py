@@ -98,7 +98,13 @@ def signature_vectors() -> dict[str, Any]:
     key = Ed25519PrivateKey.from_private_bytes(seed)
     bodies: list[Body] = [
         Session(session=A),
-        Ready(session=A, attempt=7, model_hash=B, ledger=LedgerHead(sequence=12, head=C)),
+        Ready(
+            session=A,
+            attempt=7,
+            purpose="train",
+            model_hash=B,
+            ledger=LedgerHead(sequence=12, head=C),
+        ),
         Opening(
             session=A,
             attempt=7,
