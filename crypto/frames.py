@@ -1,10 +1,14 @@
 """The public side of the encryption: frames to ciphertexts, and adding them. No secret key is used here.
 
-A frame is our own fixed-length form of a symmetric ciphertext: the 64-byte public seed of its random
-half, then the residues of the other half's coefficients, packed without gaps. Bytes of a peer never
-reach the library's parser as they came: every residue is compared with q, and the library's object is
-built from a skeleton that is made here from the public parameters. `crypto.secret.self_test` compares
+A *packed* frame is our own fixed-length form of a symmetric ciphertext: the 64-byte public seed of its
+random half, then the residues of the other half's coefficients, packed without gaps. Bytes of a peer
+never reach the library's parser as they came: every residue is compared with q, and the library's object
+is built from a skeleton that is made here from the public parameters. `crypto.secret.self_test` compares
 that skeleton with a ciphertext that was really encrypted by the installed library.
+
+Where a library has another skeleton, a plan may order frames in SEAL's *own* serialization, uncompressed.
+Bytes of a peer then do reach SEAL's parser, but only those that agree with a ciphertext of this party's
+own making in length and in every fixed byte (`crypto.layouts`).
 """
 
 from __future__ import annotations
@@ -13,15 +17,19 @@ import os
 import struct
 import tempfile
 from collections.abc import Sequence
-from functools import cache
-from typing import Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import tenseal.sealapi as seal
 from numpy.typing import NDArray
 
+from crypto.layouts import Layout
 from crypto.presets import CKKS_SCALE_BITS, SEED_BYTES, Packing
+from crypto.residues import residue_bytes, residue_words
 from protocol.errors import EncryptionUnavailable, FrameInvalid
+
+SEAL_HEADER: Final = struct.Struct("<HBBBBHQ")
+"""SEAL's outer header: magic, its own size, version, kind of compression, zero, size of everything."""
 
 _SEAL_MAGIC: Final = 0xA15E
 _SEAL_VERSION: Final = (4, 3)
@@ -64,54 +72,69 @@ class SealFile:
         self.close()
 
 
+class FrameFormat(Protocol):
+    """One of the two forms that a frame can have."""
+
+    size_bytes: int
+
+    def ciphertext(self, frame: bytes) -> seal.Ciphertext:
+        """Build the library's ciphertext from a peer's frame of the right length."""
+
+    def check(self, frame: bytes) -> None:
+        """Check a peer's frame of the right length."""
+
+    def frame(self, blob: bytes) -> bytes:
+        """Return the frame of an own ciphertext in SEAL's uncompressed form."""
+
+    def seed(self, frame: bytes) -> bytes:
+        """Return the public seed of a frame."""
+
+
 class SealContext:
     """SEAL's context for one `Packing`, with the frame format.
 
     Args:
         packing: The fitted preset; its moduli are asserted against what SEAL builds.
+        layout: How SEAL serializes a ciphertext here, if frames are in that form; else they are packed.
 
     Raises:
-        EncryptionUnavailable: SEAL builds other moduli, or gives a lower security level.
+        EncryptionUnavailable: SEAL builds other moduli, or gives a lower security level, or its own
+            ciphertexts are not seeded.
     """
 
-    def __init__(self, packing: Packing) -> None:
+    def __init__(self, packing: Packing, layout: Layout | None = None) -> None:
         self.packing = packing
-        self.seal = _build_context(packing)
+        self.packed = layout is None
+        self.seal = build_context(packing)
         self._evaluator = seal.Evaluator(self.seal)
-        self._file = SealFile()
-        self._head, self._tail = _skeleton(self.seal, packing)
-        self._residues = packing.preset.poly_modulus_degree * len(packing.preset.coefficient_moduli)
-        body = self._head + bytes(8 * self._residues) + self._tail + bytes(SEED_BYTES)
-        self._blob = bytearray(serialized(body))
-        start = len(self._blob) - len(body) + len(self._head)
-        self._blob_words = np.frombuffer(self._blob, dtype="<u8", count=self._residues, offset=start)
+        self._format: FrameFormat = (
+            _Packed(self.seal, packing) if layout is None else _Own(self.seal, layout)
+        )
+
+    @property
+    def frame_bytes(self) -> int:
+        """Exact length of one frame in bytes."""
+        return self._format.size_bytes
 
     def ciphertext(self, frame: bytes) -> seal.Ciphertext:
         """Build the library's ciphertext from a peer's frame.
 
+        Call it only on frames whose digest a verified signature covers.
+
         Raises:
-            FrameInvalid: Wrong length, or a residue that is not below q.
+            FrameInvalid: Wrong length, a residue that is not below its prime, or a wrong fixed part.
         """
-        if len(frame) != self.packing.frame_bytes:
-            raise FrameInvalid(f"a frame must have {self.packing.frame_bytes} bytes")
-        words = self.residues(frame[SEED_BYTES:])
-        # the blob's fixed parts never change, so only residues and seed are written into it
-        self._blob_words[:] = words
-        self._blob[-SEED_BYTES:] = frame[:SEED_BYTES]
-        self._file.write(self._blob)
-        ciphertext = seal.Ciphertext()
-        ciphertext.load(self.seal, self._file.path)
-        return ciphertext
+        self._require_length(frame)
+        return self._format.ciphertext(frame)
 
     def check(self, frame: bytes) -> None:
-        """Check a peer's frame without building anything from it.
+        """Check a peer's frame and keep nothing of it; as `ciphertext`, and with the same errors."""
+        self._require_length(frame)
+        self._format.check(frame)
 
-        Raises:
-            FrameInvalid: Wrong length, or a residue that is not below its prime.
-        """
-        if len(frame) != self.packing.frame_bytes:
-            raise FrameInvalid(f"a frame must have {self.packing.frame_bytes} bytes")
-        self.residues(frame[SEED_BYTES:])
+    def _require_length(self, frame: bytes) -> None:
+        if len(frame) != self.frame_bytes:
+            raise FrameInvalid(f"a frame must have {self.frame_bytes} bytes")
 
     def residues(self, data: bytes, moduli: Sequence[int] | None = None) -> NDArray[np.uint64]:
         """Parse packed residues of one polynomial, uint64 (primes * degree,), prime by prime.
@@ -123,40 +146,27 @@ class SealContext:
         Raises:
             FrameInvalid: Wrong length, or a residue that is not below its prime.
         """
-        primes, degree = (
-            moduli or self.packing.preset.coefficient_moduli,
-            self.packing.preset.poly_modulus_degree,
-        )
-        sizes = [degree * prime.bit_length() // 8 for prime in primes]
-        if len(data) != sum(sizes):
-            raise FrameInvalid(f"residues must have {sum(sizes)} bytes")
-        rows, start = [], 0
-        for prime, size in zip(primes, sizes, strict=True):
-            row = unpack_bits(data[start : start + size], prime.bit_length())
-            if bool((row >= prime).any()):
-                raise FrameInvalid("a residue is not below its modulus")
-            rows.append(row)
-            start += size
-        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+        preset = self.packing.preset
+        return residue_words(data, moduli or preset.coefficient_moduli, preset.poly_modulus_degree)
 
     def residue_bytes(self, words: NDArray[np.uint64], moduli: Sequence[int] | None = None) -> bytes:
         """Return residues packed without gaps; inverse of `residues`."""
-        primes = moduli or self.packing.preset.coefficient_moduli
-        rows = words.reshape(len(primes), -1)
-        return b"".join(pack_bits(row, q.bit_length()) for row, q in zip(rows, primes, strict=True))
+        return residue_bytes(words, moduli or self.packing.preset.coefficient_moduli)
 
-    def frame(self, body: bytes) -> bytes:
+    def frame(self, blob: bytes) -> bytes:
         """Return the frame of a ciphertext that this process encrypted.
 
         Args:
-            body: SEAL's uncompressed form of a seeded ciphertext, without its outer header.
+            blob: SEAL's uncompressed form of a seeded ciphertext.
+
+        Raises:
+            EncryptionUnavailable: It is not laid out as expected.
         """
-        count = self._residues
-        expected = len(self._head) + 8 * count + len(self._tail) + SEED_BYTES
-        if len(body) != expected or not body.startswith(self._head):
-            raise EncryptionUnavailable("SEAL's ciphertext does not have the expected layout")
-        words = np.frombuffer(body, dtype="<u8", count=count, offset=len(self._head))
-        return body[-SEED_BYTES:] + self.residue_bytes(words.astype(np.uint64, copy=False))
+        return self._format.frame(blob)
+
+    def seed(self, frame: bytes) -> bytes:
+        """Return the 64-byte public seed of a frame of the right length."""
+        return self._format.seed(frame)
 
     def split(self, blob: bytes, frames: int) -> list[bytes]:
         """Cut a blob into frames.
@@ -164,7 +174,7 @@ class SealContext:
         Raises:
             FrameInvalid: The blob does not hold exactly `frames` frames.
         """
-        size = self.packing.frame_bytes
+        size = self.frame_bytes
         if len(blob) != frames * size:
             raise FrameInvalid(f"{frames} frames must have {frames * size} bytes")
         return [blob[start : start + size] for start in range(0, len(blob), size)]
@@ -178,56 +188,119 @@ class SealContext:
         return total
 
 
-def pack_bits(words: NDArray[np.uint64], bits: int) -> bytes:
-    """Write integers of `bits` bits each, little endian and without gaps.
+class _Packed:
+    """Seed and residues without gaps; SEAL's object is built from a skeleton."""
+
+    def __init__(self, context: seal.SEALContext, packing: Packing) -> None:
+        self._seal = context
+        self._file = SealFile()
+        self._degree = packing.preset.poly_modulus_degree
+        self._primes = packing.preset.coefficient_moduli
+        self.size_bytes = packing.frame_bytes
+        self._head, self._tail = _skeleton(context, packing)
+        self._residues = self._degree * len(self._primes)
+        body = self._head + bytes(8 * self._residues) + self._tail + bytes(SEED_BYTES)
+        self._blob = bytearray(serialized(body))
+        start = len(self._blob) - len(body) + len(self._head)
+        self._blob_words = np.frombuffer(self._blob, dtype="<u8", count=self._residues, offset=start)
+
+    def ciphertext(self, frame: bytes) -> seal.Ciphertext:
+        words = residue_words(frame[SEED_BYTES:], self._primes, self._degree)
+        # the blob's fixed parts never change, so only residues and seed are written into it
+        self._blob_words[:] = words
+        self._blob[-SEED_BYTES:] = frame[:SEED_BYTES]
+        self._file.write(self._blob)
+        ciphertext = seal.Ciphertext()
+        ciphertext.load(self._seal, self._file.path)
+        return ciphertext
+
+    def check(self, frame: bytes) -> None:
+        residue_words(frame[SEED_BYTES:], self._primes, self._degree)
+
+    def frame(self, blob: bytes) -> bytes:
+        start, count = SEAL_HEADER.size + len(self._head), self._residues
+        expected = start + 8 * count + len(self._tail) + SEED_BYTES
+        if len(blob) != expected or blob[SEAL_HEADER.size : start] != self._head:
+            raise EncryptionUnavailable("SEAL's ciphertext does not have the expected layout")
+        words = np.frombuffer(blob, dtype="<u8", count=count, offset=start)
+        return blob[-SEED_BYTES:] + residue_bytes(words.astype(np.uint64, copy=False), self._primes)
+
+    def seed(self, frame: bytes) -> bytes:
+        return frame[:SEED_BYTES]
+
+
+class _Own:
+    """SEAL's own uncompressed serialization, as this party's library writes it."""
+
+    def __init__(self, context: seal.SEALContext, layout: Layout) -> None:
+        self._seal = context
+        self._layout = layout
+        self._seed_start = layout.seed_start()
+        self.size_bytes = layout.size_bytes
+
+    def ciphertext(self, frame: bytes) -> seal.Ciphertext:
+        ciphertext = load_own_form(seal.Ciphertext(), self._seal, frame, self._layout)
+        if ciphertext.size() != 2 or ciphertext.parms_id() != self._seal.first_parms_id():
+            raise FrameInvalid("SEAL's own form holds another kind of ciphertext")
+        return ciphertext
+
+    def check(self, frame: bytes) -> None:
+        # residues have no place of their own here: SEAL's loader is what compares them with their primes
+        self.ciphertext(frame)
+
+    def frame(self, blob: bytes) -> bytes:
+        try:
+            self._layout.require(blob)
+        except FrameInvalid as error:
+            raise EncryptionUnavailable("SEAL's own ciphertexts differ in a fixed part") from error
+        return blob
+
+    def seed(self, frame: bytes) -> bytes:
+        return frame[self._seed_start : self._seed_start + SEED_BYTES]
+
+
+def load_own_form(target: Any, context: seal.SEALContext, data: bytes, layout: Layout) -> Any:
+    """Let SEAL parse a peer's object in SEAL's own form, after everything that can be compared was.
 
     Args:
-        words: uint64 (n,), each below ``2**bits``; ``n * bits`` must be a multiple of 8.
-        bits: 1 to 64.
+        target: An empty ciphertext or secret key.
+        context: SEAL's context.
+        data: Bytes of a peer whose signature was verified.
+        layout: The form that such an object has here.
+
+    Returns:
+        `target`, loaded and valid for the context, its residues below their primes.
+
+    Raises:
+        FrameInvalid: A fixed part differs, or SEAL's checked load refuses it.
     """
-    words = np.ascontiguousarray(words, dtype="<u8")
-    if bits % 8 == 0:
-        whole, narrow = _byte_fields(bits // 8, 8), _byte_fields(bits // 8, bits // 8)
-        packed = np.empty(words.size, dtype=narrow)
-        for name in narrow.names or ():
-            packed[name] = words.view(whole)[name]
-        return packed.tobytes()
-    wide = words.view(np.uint8).reshape(words.size, 8)
-    low = np.unpackbits(wide, axis=1, bitorder="little")[:, :bits]
-    return np.packbits(low.reshape(-1), bitorder="little").tobytes()
-
-
-def unpack_bits(data: bytes, bits: int) -> NDArray[np.uint64]:
-    """Read integers of `bits` bits each; inverse of `pack_bits`."""
-    count = len(data) * 8 // bits
-    if bits % 8 == 0:
-        # words that overlap: each is read with the next one's first bytes, which are then cut off
-        overlapping = np.ndarray((count,), dtype="<u8", buffer=data + bytes(7), strides=(bits // 8,))
-        kept: NDArray[np.uint64] = overlapping & np.uint64((1 << bits) - 1)
-        return kept
-    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits, bitorder="little")
-    padded = np.zeros((count, 64), dtype=np.uint8)
-    padded[:, :bits] = flat.reshape(count, bits)
-    wide = np.packbits(padded, axis=1, bitorder="little")
-    return wide.view("<u8").reshape(count).astype(np.uint64, copy=False)
-
-
-@cache
-def _byte_fields(size: int, stride: int) -> np.dtype[np.void]:
-    """Describe the lowest `size` bytes of every `stride` as integers, which copy faster than bytes do."""
-    widths = [width for width in (8, 4, 2, 1) if size & width]
-    offsets = [sum(widths[:index]) for index in range(len(widths))]
-    formats, names = [f"<u{width}" for width in widths], [f"f{width}" for width in widths]
-    return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": stride})
+    layout.require(data)
+    file = SealFile()
+    try:
+        file.write(data)
+        target.load(context, file.path)
+        valid = bool(seal.is_valid_for(target, context))
+    except (ValueError, RuntimeError, IndexError, MemoryError):
+        valid = False
+    finally:
+        file.close()
+    if not valid:
+        raise FrameInvalid("SEAL refuses an object in its own form")
+    return target
 
 
 def serialized(body: bytes) -> bytes:
     """Put SEAL's 16-byte header for uncompressed data before `body`."""
-    header = struct.pack("<HBBBBHQ", _SEAL_MAGIC, 16, *_SEAL_VERSION, _NO_COMPRESSION, 0, 16 + len(body))
-    return header + body
+    size = SEAL_HEADER.size
+    return SEAL_HEADER.pack(_SEAL_MAGIC, size, *_SEAL_VERSION, _NO_COMPRESSION, 0, size + len(body)) + body
 
 
-def _build_context(packing: Packing) -> seal.SEALContext:
+def build_context(packing: Packing) -> seal.SEALContext:
+    """Return SEAL's context for a packing.
+
+    Raises:
+        EncryptionUnavailable: SEAL builds other moduli, or gives a lower security level.
+    """
     preset = packing.preset
     parameters = seal.EncryptionParameters(getattr(seal.SCHEME_TYPE, preset.scheme))
     parameters.set_poly_modulus_degree(preset.poly_modulus_degree)

@@ -37,6 +37,13 @@ PLAIN_MODULI: Final = {
 """Largest primes congruent to 1 modulo 8192 of a given bit length, as SEAL chooses them."""
 
 
+FLOAT32_BYTES: Final = 4.0
+"""Bytes of a value that is not encrypted; an encrypted one takes fewer, unless a preset promises more."""
+
+PROMISED_BYTES: Final = {"exact16": 3.6, "compact": 2.4}
+"""Most bytes per value of a full frame that a preset promises; others promise less than float32."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """One named parameter set.
@@ -175,6 +182,22 @@ def packing_for(preset_name: str, cohort: int) -> Packing:
     packing = Packing(preset, cohort, plain_modulus, radix, half_levels)
     prove_capacity(packing)
     return packing
+
+
+def broken_byte_promise(preset_name: str, bytes_per_value: float) -> str | None:
+    """Say which promise about the size of an update frames of this size break; None if none.
+
+    Args:
+        preset_name: A key of `PRESETS`.
+        bytes_per_value: Bytes of a full frame over the values in it.
+    """
+    limit = PROMISED_BYTES.get(preset_name)
+    broken = []
+    if limit is not None and bytes_per_value > limit:
+        broken.append(f"above the {limit:g} that {preset_name} promises")
+    if bytes_per_value >= FLOAT32_BYTES:
+        broken.append(f"not below float32's {FLOAT32_BYTES:g}")
+    return f"{bytes_per_value:.2f} bytes per value are {' and '.join(broken)}" if broken else None
 
 
 def prove_capacity(packing: Packing) -> None:

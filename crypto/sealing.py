@@ -37,7 +37,7 @@ def seal_frames(
         key: The session's key.
 
     Yields:
-        One frame of `Packing.frame_bytes` bytes per `Packing.values_per_frame` values.
+        One frame of `SealContext.frame_bytes` bytes per `Packing.values_per_frame` values.
     """
     packing = key.context.packing
     for start in range(0, update.size, packing.values_per_frame):

@@ -14,21 +14,20 @@ from typing import Final
 
 import numpy as np
 import tenseal.sealapi as seal
-import zstandard
 from numpy.typing import NDArray
 
 from crypto.encoders import encoder_for
-from crypto.frames import SealContext, SealFile, serialized
+from crypto.frames import SealContext, SealFile, load_own_form, serialized
+from crypto.measuring import expanded, key_layout
 from protocol.errors import EncryptionUnavailable, FrameInvalid
 
-_SEAL_HEADER_BYTES: Final = 16
 _COMMITMENT_TAG: Final = b"fedseal/bfv-key/1\0"
 
 
 class SealKey:
     """A secret key of one session.
 
-    Who may call: owners only. Make one with `generate` (the dealer) or `from_residues` (everyone else).
+    Who may call: owners only. Make one with `generate` (the dealer) or `from_dealt` (everyone else).
     """
 
     def __init__(self, context: SealContext, key: seal.SecretKey) -> None:
@@ -38,7 +37,6 @@ class SealKey:
         self._decryptor = seal.Decryptor(context.seal, key)
         self._encoder = encoder_for(context)
         self._file = SealFile()
-        self._inflate = zstandard.ZstdDecompressor()
 
     @classmethod
     def generate(cls, context: SealContext) -> SealKey:
@@ -64,18 +62,40 @@ class SealKey:
         return cls(context, key)
 
     def residues(self) -> bytes:
-        """Return the key as fixed-width residues. Only for wrapping to the session's owners."""
-        self._key.save(self._file.path)
-        body = self._uncompressed()
+        """Return the key as fixed-width residues. Only for `dealt`, and for published test vectors."""
+        blob = self._own_form()
         preset = self.context.packing.preset
         count = preset.poly_modulus_degree * len(preset.key_moduli)
-        words = np.frombuffer(body[-8 * count :], dtype="<u8")
-        self._file.write(b"")
+        words = np.frombuffer(blob[-8 * count :], dtype="<u8")
         return self.context.residue_bytes(words.astype(np.uint64), preset.key_moduli)
+
+    @classmethod
+    def from_dealt(cls, context: SealContext, data: bytes) -> SealKey:
+        """Rebuild a key from what the dealer wrapped, or from what `dealt` gave earlier.
+
+        Call it only on bytes that a verified signature covers.
+
+        Raises:
+            FrameInvalid: It is not the form that a key has here.
+        """
+        if _deals_residues(context):
+            return cls.from_residues(context, data)
+        key = load_own_form(seal.SecretKey(), context.seal, data, key_layout(context))
+        if key.parms_id() != context.seal.key_parms_id():
+            raise FrameInvalid("SEAL's own form holds a key of another kind")
+        return cls(context, key)
+
+    def dealt(self) -> bytes:
+        """Return the key as the dealer wraps it and an owner's sealed state keeps it.
+
+        Fixed-width residues; SEAL's own uncompressed form only where frames have that form too and the
+        installed library does not take residues.
+        """
+        return self.residues() if _deals_residues(self.context) else self._own_form()
 
     def commitment(self) -> str:
         """Return the hash to which the dealer commits; the key has far more entropy than a hash."""
-        return hashlib.sha256(_COMMITMENT_TAG + self.residues()).hexdigest()
+        return hashlib.sha256(_COMMITMENT_TAG + self.dealt()).hexdigest()
 
     def encrypt(self, slots: NDArray[np.uint64]) -> bytes:
         """Encrypt one frame's slots under fresh randomness.
@@ -84,11 +104,11 @@ class SealKey:
             slots: uint64 (slots,), each below the plain modulus.
 
         Returns:
-            One frame of exactly `Packing.frame_bytes` bytes.
+            One frame of exactly `SealContext.frame_bytes` bytes.
         """
         plaintext = self._encoder.encode(slots)
         self._encryptor.encrypt_symmetric(plaintext).save(self._file.path)
-        return self.context.frame(self._uncompressed())
+        return self.context.frame(expanded(self._file.read()))
 
     def decrypt(self, total: seal.Ciphertext) -> NDArray[np.uint64]:
         """Decrypt a sum that this owner added itself; uint64 (slots,).
@@ -118,17 +138,32 @@ class SealKey:
             rows.append(self.decrypt(total))
         return np.stack(rows)
 
-    def _uncompressed(self) -> bytes:
-        blob = self._file.read()
-        return self._inflate.decompressobj().decompress(blob[_SEAL_HEADER_BYTES:])
+    def _own_form(self) -> bytes:
+        self._key.save(self._file.path)
+        blob = expanded(self._file.read())
+        self._file.write(b"")
+        return blob
+
+
+def _deals_residues(context: SealContext) -> bool:
+    """Return whether keys travel as residues: always, unless frames are SEAL's own and residues fail."""
+    if context.packed:
+        return True
+    key = SealKey(context, seal.KeyGenerator(context.seal).secret_key())
+    slots = np.arange(context.packing.preset.slots, dtype=np.uint64)
+    try:
+        copy = SealKey.from_residues(context, key.residues())
+        return np.array_equal(copy.open_sum([[key.encrypt(slots)]])[0], slots)
+    except (ValueError, RuntimeError, FrameInvalid):
+        return False
 
 
 def self_test(context: SealContext) -> None:
-    """Check the frame format against the installed library, with a throw-away key.
+    """Check the frame format of a plan against the installed library, with a throw-away key.
 
     Raises:
         EncryptionUnavailable: A frame made here does not decrypt to what went in, two frames do not add,
-            or a key does not survive its fixed-width form.
+            or a key does not survive the form in which it is dealt.
     """
     modulus = context.packing.plain_modulus
     largest = modulus if context.packing.preset.scheme == "BFV" else modulus // 2
@@ -136,7 +171,7 @@ def self_test(context: SealContext) -> None:
     slots %= np.uint64(largest)
     try:
         key = SealKey.generate(context)
-        copy = SealKey.from_residues(context, key.residues())
+        copy = SealKey.from_dealt(context, key.dealt())
         opened = copy.open_sum([[key.encrypt(slots), copy.encrypt(slots)]])[0]
     except (ValueError, RuntimeError, FrameInvalid) as error:
         raise EncryptionUnavailable("SEAL's format is not the expected one") from error

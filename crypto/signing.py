@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from crypto.certificates import fingerprint
 from protocol.encoding import encode
 from protocol.errors import EncodingInvalid, SignatureInvalid
-from protocol.messages import Body, Signed
+from protocol.messages import Body, LedgerHead, Signed
 
 B = TypeVar("B", bound=Body)
 
@@ -68,6 +68,19 @@ def verify(signed: Signed, public_key: Ed25519PublicKey, body_type: type[B]) -> 
         # A left-out default or 1 in place of 1.0 parses; a signature must cover what was parsed.
         raise EncodingInvalid("the signed body is not spelled as its type writes it")
     return body
+
+
+def signed_head(signed: Signed, public_key: Ed25519PublicKey) -> LedgerHead:
+    """Return the ledger head in a message of any version that the holder of a key signed.
+
+    Raises:
+        SignatureInvalid: Another signer, or a signature that does not verify.
+        EncodingInvalid: The message has no ledger head.
+    """
+    if signed.signer != fingerprint(public_key):
+        raise SignatureInvalid("the message names another signer")
+    verify_bytes(public_key, signed.kind, encode(signed.body), signed.signature)
+    return LedgerHead.of(signed)
 
 
 def sign_bytes(key: Ed25519PrivateKey, kind: str, data: bytes) -> bytes:

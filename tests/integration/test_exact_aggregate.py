@@ -12,8 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from real_federation import small_plan
 
+import crypto.frames
 import crypto.sealing
 from crypto.presets import packing_for
+from protocol.errors import QuorumNotMet
 from scenarios.simulate import Scenario, Simulation, build
 from tasks.registry import task_for
 
@@ -46,6 +48,7 @@ def simulated(folder: Path, owners: int, **sections: dict[str, Any]) -> Iterator
     cohort = {"minimum": 3, "maximum": owners}
     plan = small_plan(run={"rounds": ROUNDS}, cohort=cohort, **sections)
     simulation = build(Scenario(plan="", owners=owners), plan, folder)
+    assert isinstance(simulation, Simulation)
     try:
         yield simulation
     finally:
@@ -57,6 +60,25 @@ def test_opened_sums_equal_the_plain_sum_with_three_owners(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
 ) -> None:
     check(tmp_path, monkeypatch, owners=3, encryption={"preset": preset})
+
+
+def test_sums_are_exact_where_frames_are_in_seals_own_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several frames, and with a library of another version than the one that was measured."""
+    monkeypatch.setattr(crypto.frames, "_SEAL_VERSION", (9, 9))
+    model = {"name": "mlp", "hidden": [256]}
+    check(tmp_path, monkeypatch, owners=3, model=model, encryption={"frames": "seal"})
+
+
+def test_packed_frames_are_refused_by_a_library_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crypto.frames, "_SEAL_VERSION", (9, 9))
+    with simulated(tmp_path, 3) as simulation:
+        with pytest.raises(QuorumNotMet):
+            simulation.run()
+        assert {refusal["code"] for refusal in simulation.store.refusals()} == {"FS-FRAME-02"}
 
 
 def test_opened_sums_equal_the_plain_sum_with_ten_owners(

@@ -10,10 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 import crypto.frames
-from crypto.frames import SealContext, pack_bits, unpack_bits
+from crypto.frames import SealContext
 from crypto.masks import MaskContext, Masks, apply_masks
 from crypto.packing import mean_update, pack, unpack_sum
 from crypto.presets import PRESETS, SEED_BYTES, Packing, packing_for
+from crypto.residues import pack_bits, unpack_bits
 from crypto.sealing import open_frames, seal_frames
 from crypto.secret import SealKey, self_test
 from protocol.errors import EncryptionUnavailable, FrameInvalid, OpeningRefused

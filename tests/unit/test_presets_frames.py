@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crypto.frames import SealContext, pack_bits, unpack_bits
+from crypto.frames import SealContext
 from crypto.masks import MaskContext
 from crypto.packing import mean_update
 from crypto.presets import PRESETS, packing_for
+from crypto.residues import pack_bits, unpack_bits
 from crypto.sealing import masks_for, open_frames, seal_frames
 from crypto.secret import SealKey, self_test
 from protocol.errors import CapacityExceeded, FrameInvalid, OpeningRefused
