@@ -7,13 +7,21 @@ from the operating system, which never leaves the object.
 
 from __future__ import annotations
 
+import math
 import os
+from typing import final
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+_PAIRS = 2**14
+"""Gaussian pairs made at once, so that the intermediate values stay in the processor's cache."""
+_MANTISSA, _ONE = np.int64(2**52 - 1), np.int64(0x3FF << 52)
 
+
+@final
 class SecureStream:
     """A stream of unpredictable numbers under a fresh key; make a new one for every DP-SGD step.
 
@@ -34,22 +42,53 @@ class SecureStream:
 
     def uniform(self, n: int) -> NDArray[np.float64]:
         """Return `n` multiples of 2^-53, uniform in [0, 1)."""
-        words = np.frombuffer(self.bytes(8 * n), dtype="<u8")
-        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        values = np.empty(n)
+        for start in range(0, n, 2 * _PAIRS):
+            block = values[start : start + 2 * _PAIRS]
+            words = np.frombuffer(self.bytes(8 * len(block)), dtype="<u8")
+            np.multiply(words >> np.uint64(11), 2.0**-53, out=block)
+        return values
 
     def gaussian(self, n: int) -> NDArray[np.float64]:
         """Return `n` standard normal values (Box & Muller 1958).
 
-        The largest magnitude is sqrt(2 * 53 * ln 2) = 8.57, beyond which a normal value falls with a
-        probability of 1e-17. Floating-point values are not exactly Gaussian (Mironov 2012): round the
-        noisy result to a coarse grid before it is released, as the encryption does.
+        Radius and angle come from uniform values of 52 bits. The largest magnitude is
+        sqrt(2 * 52 * ln 2) = 8.49, beyond which a normal value falls with a probability of 2e-17.
+        Floating-point values are not exactly Gaussian (Mironov 2012): round the noisy result to a
+        coarse grid before it is released, as the encryption does.
         """
-        pairs = (n + 1) // 2
-        # 1 - u lies in (0, 1], so that the logarithm is always finite.
-        radius = np.sqrt(-2.0 * np.log(1.0 - self.uniform(pairs)))
-        angle = 2.0 * np.pi * self.uniform(pairs)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]
+        values = np.empty(n + n % 2)
+        for start in range(0, len(values), 2 * _PAIRS):
+            block = values[start : start + 2 * _PAIRS]
+            _box_muller(self.bytes(8 * len(block)), block)
+        return values[:n]
 
     def coins(self, n: int, probability: float) -> NDArray[np.bool_]:
-        """Return `n` independent coins that are true with `probability`, in [0, 1], to within 2^-53."""
+        """Return `n` independent coins that are true with `probability`, in [0, 1], to within 2^-53.
+
+        This is the Poisson sampler: each record of an owner is in a batch by a coin of its own.
+        """
         return self.uniform(n) < probability
+
+
+def _box_muller(key_stream: bytes, values: NDArray[np.float64]) -> None:
+    """Fill an even number of values from 8 bytes of key stream each."""
+    half = len(values) // 2
+    words = np.frombuffer(bytearray(key_stream), dtype="<i8").astype(np.int64, copy=False)
+    # The exponent of 1 before 52 random bits makes a double that is uniform in [1, 2).
+    words &= _MANTISSA
+    words |= _ONE
+    doubles = words.view(np.float64)
+    radius, angle = doubles[:half], doubles[half:]
+    # 2 - u lies in (0, 1], so that the logarithm is always finite.
+    np.subtract(2.0, radius, out=radius)
+    np.log(radius, out=radius)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    angle *= 2.0 * math.pi
+    # torch has vector code for sine and cosine, numpy for the logarithm.
+    turns = torch.from_numpy(angle)
+    torch.cos(turns, out=torch.from_numpy(values[:half]))
+    torch.sin(turns, out=torch.from_numpy(values[half:]))
+    values[:half] *= radius
+    values[half:] *= radius

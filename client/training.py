@@ -8,55 +8,37 @@ guarantee; and an example with a gradient that is not finite counts as zero inst
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from client.gradients import GradientEngine, Sums, batch_sums, engine_for
+from client.hooks import DPOptimizer
 from client.noise import SecureStream
-from protocol.errors import FedsealError, ModelUnsafe, TrainingFailed
+from client.safety import probe_for, require_own, require_safe, require_secret_randomness
+from protocol.errors import FedsealError, TrainingFailed
 from protocol.plan import Plan
 from tasks.images import Examples, flatten, unflatten
 from tasks.registry import Task
 
-
-@contextmanager
-def _root_logger_kept() -> Iterator[None]:
-    """Undo what importing Opacus does to the root logger: it installs a handler for every package."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
-with _root_logger_kept():
-    from opacus import GradSampleModule
-    from opacus.optimizers import DPOptimizer
-    from opacus.validators import ModuleValidator
-
 _LOG = logging.getLogger("fedseal.client")
 
-MICRO_BATCH_VALUES = 2**24
-"""Most per-example gradient values held at once (64 MiB); larger batches are added up piece by piece."""
+Floats = NDArray[np.float64]
 
 
 class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no types
-    """Opacus' optimizer with secure noise, a public divisor, and no exception for bad examples.
+    """Opacus' optimizer with secure noise and a public divisor, for the sums of either gradient engine.
 
-    Guarantee: one example changes the sum of a step by at most `max_grad_norm` in L2, whatever its
-    values; the noise has the deviation `noise_multiplier * max_grad_norm` in each coordinate.
+    Guarantee: if one example changes the sums by at most `max_grad_norm` in L2, a step is a Gaussian
+    mechanism with the deviation `noise_multiplier * max_grad_norm` in each coordinate.
 
     Args:
-        optimizer: The optimizer that applies the noisy gradient.
-        stream: Source of this step's noise; replace it before every step.
+        optimizer: Applies the noisy gradient.
         noise_multiplier: Noise deviation over `max_grad_norm`; 0 for none.
         max_grad_norm: L2 clipping norm of one example; infinity for none.
         divisor: Public number that the noisy sum is divided by.
@@ -65,7 +47,6 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no t
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        stream: SecureStream,
         *,
         noise_multiplier: float,
         max_grad_norm: float,
@@ -78,42 +59,41 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no t
             expected_batch_size=None,
             loss_reduction="sum",
         )
-        self.stream = stream
         self.divisor = divisor
+        self._noise: Floats = np.zeros(0)
 
-    def clip_and_accumulate(self) -> None:
-        """Zero the examples whose gradient norm is not finite, then clip and add up as Opacus does."""
-        samples = self.grad_samples
-        norms = torch.stack([gradient.flatten(start_dim=1).norm(dim=1) for gradient in samples])
-        bad = ~torch.isfinite(norms.norm(dim=0))
-        if bool(bad.any()):
-            for gradient in samples:
-                gradient[bad] = 0.0
-        super().clip_and_accumulate()
+    def step_on(self, sums: Sequence[Tensor], stream: SecureStream) -> None:
+        """Take one step on clipped sums with this stream's noise.
 
-    def step_with_noise_only(self) -> None:
-        """Take a step as if no example had been sampled, whatever the last backward pass left behind."""
-        for parameter in self.params:
-            parameter.grad_sample = None
-            parameter.summed_grad = torch.zeros_like(parameter)
+        Args:
+            sums: One tensor for each trained parameter.
+            stream: Fresh for this step.
+
+        Raises:
+            NoiseSeeded: The stream is not the project's own.
+        """
+        if self.noise_multiplier:
+            size = sum(parameter.numel() for parameter in self.params)
+            self._noise = require_own(stream).gaussian(size)
+        for parameter, total in zip(self.params, sums, strict=True):
+            parameter.summed_grad = total
         self.add_noise()
         self.original_optimizer.step()
-        self.zero_grad()
+        self.zero_grad(set_to_none=True)
 
     def add_noise(self) -> None:
         """Add the noise and divide, both in float64, and round to the parameters' type once."""
-        deviation = self.noise_multiplier * self.max_grad_norm if self.noise_multiplier else 0.0
+        start = 0
         for parameter in self.params:
             total = parameter.summed_grad.double()
-            if deviation:
-                noise = torch.from_numpy(self.stream.gaussian(total.numel()))
-                total = total + deviation * noise.view_as(total)
-            parameter.grad = (total / self.divisor).to(parameter.dtype)
+            if self.noise_multiplier:
+                noise = torch.from_numpy(self._noise[start : start + total.numel()]).view_as(total)
+                total = total.add_(noise, alpha=self.noise_multiplier * self.max_grad_norm)
+                start += total.numel()
+            parameter.grad = total.div_(self.divisor).to(parameter.dtype)
 
 
-def local_update(
-    task: Task, plan: Plan, model_vector: NDArray[np.float64], examples: Examples
-) -> NDArray[np.float64]:
+def local_update(task: Task, plan: Plan, model_vector: Floats, examples: Examples) -> Floats:
     """Train for one round and return how the model changed.
 
     Args:
@@ -132,94 +112,133 @@ def local_update(
 
     Raises:
         ModelUnsafe: The model mixes examples or has layers without per-example gradients.
+        NoiseSeeded, SamplerReplaced: Noise or batches do not come from the project's own stream.
         ModelMismatch: The vector does not fit the model.
         TrainingFailed: Anything else; the cause may depend on data and is not told.
     """
+    if plan.privacy.noise == "none":
+        return plain_update(task, plan, model_vector, examples)
+    if plan.privacy.noise != "local" or plan.privacy.noise_multiplier is None:
+        raise TrainingFailed("the plan is not resolved, or its noise is not local")
+    noise = plan.privacy.noise_multiplier
+    return _guarded(lambda: _train(_prepared(task, plan, model_vector, examples), plan, examples, noise))
+
+
+def plain_update(task: Task, plan: Plan, model_vector: Floats, examples: Examples) -> Floats:
+    """Train with plain SGD on Poisson batches: neither clipped nor noised, divided by the public divisor.
+
+    It has no privacy by itself: a caller clips the whole update and adds noise for the unit `client`.
+
+    Args:
+        task: Gives the model and the loss.
+        plan: Gives steps, step size, sample rate and divisor.
+        model_vector: This round's model, shape (n_params,).
+        examples: The owner's data; may be empty.
+
+    Returns:
+        Trained minus given model, float64, shape (n_params,). A step that fails changes nothing, an
+        example whose gradient is not finite counts as zero.
+
+    Raises:
+        ModelUnsafe, NoiseSeeded, SamplerReplaced, ModelMismatch, TrainingFailed: As `local_update`.
+    """
+    return _guarded(lambda: _train(_prepared(task, plan, model_vector, examples), plan, examples, 0.0))
+
+
+def clipped_sum(task: Task, plan: Plan, model_vector: Floats, examples: Examples) -> Floats:
+    """Return the sum of the clipped gradients of one Poisson batch, without noise and without division.
+
+    It has no privacy by itself: the caller must add the noise before anything of it is released.
+
+    Args:
+        task: Gives the model and the loss.
+        plan: Gives the sample rate and the clipping norm.
+        model_vector: This round's model, shape (n_params,).
+        examples: The owner's data; may be empty.
+
+    Returns:
+        float64, shape (n_params,), zero for frozen parameters; a step along it makes the loss larger. A
+        batch that fails gives zeros.
+
+    Guarantee: one example changes the sum by at most `max_grad_norm` in L2, up to the rounding of float32.
+
+    Raises:
+        ModelUnsafe, NoiseSeeded, SamplerReplaced, ModelMismatch, TrainingFailed: As `local_update`.
+    """
+
+    def compute() -> Floats:
+        model, engine = _prepared(task, plan, model_vector, examples)
+        sums = _sampled_sums(engine, _clipped(engine, plan), plan, examples, SecureStream())
+        by_parameter = dict(zip(engine.parameters, sums, strict=True))
+        parts = [
+            by_parameter.get(parameter, torch.zeros_like(parameter)) for parameter in model.parameters()
+        ]
+        return torch.cat([part.detach().double().flatten() for part in parts]).numpy()
+
+    return _guarded(compute)
+
+
+Prepared = tuple[nn.Module, GradientEngine]
+
+
+def _guarded(compute: Callable[[], Floats]) -> Floats:
     try:
-        return _train(task, plan, model_vector, examples)
+        return compute()
     except FedsealError:
         raise
     except Exception:
         raise TrainingFailed from None
 
 
-def require_safe(model: nn.Module, width: int) -> None:
-    """Check that clipping one example's gradient bounds that example's influence.
-
-    Args:
-        model: Takes float32 (n, width).
-        width: Number of values of one example.
-
-    Raises:
-        ModelUnsafe: Opacus has no per-example gradient for a layer, there are buffers, or changing one
-            example changes another one's output.
-    """
-    problems = ModuleValidator.validate(model, strict=False)
-    if problems or any(True for _ in model.buffers()):
-        raise ModelUnsafe("a layer is not supported, or keeps statistics of its inputs")
-    # Fixed weights, because a probe with weights of zero would see no mixing at all.
-    probe = copy.deepcopy(model)
-    rows = torch.linspace(-1.0, 1.0, 4 * width).reshape(4, width)
-    changed = rows.clone()
-    changed[0] = 3.0
-    with torch.no_grad():
-        for parameter in probe.parameters():
-            parameter.copy_(0.1 * torch.arange(parameter.numel()).sin().view_as(parameter))
-        difference = (probe(rows) - probe(changed))[1:].abs().max()
-    if not float(difference) <= 1e-6:
-        raise ModelUnsafe("the output for one example depends on other examples")
-
-
-def _train(
-    task: Task, plan: Plan, model_vector: NDArray[np.float64], examples: Examples
-) -> NDArray[np.float64]:
-    model = task.build_model(plan)
+def _prepared(task: Task, plan: Plan, model_vector: Floats, examples: Examples) -> Prepared:
+    """Return the checked model with the given weights, and its engine; no value of data is used."""
+    model = task.build_model(plan).train()
     unflatten(model, model_vector)
-    require_safe(model, examples.x.shape[1])
-    start = flatten(model).astype(np.float64)
-    private = plan.privacy.noise == "local"
-    if private and plan.privacy.noise_multiplier is None:
-        raise TrainingFailed("the plan is not resolved")
-    sampled = GradSampleModule(model, loss_reduction="sum")
+    probe = probe_for(examples.x, examples.y)
+    require_safe(model, task.loss, probe)
+    require_secret_randomness(SecureStream, plan.privacy.sample_rate)
+    return model, engine_for(model, task.loss, plan.training.gradient_engine, probe)
+
+
+def _train(prepared: Prepared, plan: Plan, examples: Examples, noise_multiplier: float) -> Floats:
+    """Take the plan's steps; without noise there is no clipping either."""
+    model, engine = prepared
+    clips = noise_multiplier > 0
     optimizer = SecureDPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=plan.training.learning_rate),
-        SecureStream(),
-        noise_multiplier=plan.privacy.noise_multiplier or 0.0,
-        max_grad_norm=plan.privacy.max_grad_norm if private else math.inf,
+        torch.optim.SGD(engine.parameters, lr=plan.training.learning_rate),
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=plan.privacy.max_grad_norm if clips else math.inf,
         divisor=plan.privacy.expected_batch_size,
     )
+    sums_of = _clipped(engine, plan) if clips else _plain(engine)
+    start = flatten(model).astype(np.float64)
     for _ in range(plan.training.local_steps):
-        optimizer.stream = SecureStream()
-        chosen = optimizer.stream.coins(len(examples), plan.privacy.sample_rate)
-        try:
-            _step(task, sampled, optimizer, examples.x[chosen], examples.y[chosen])
-        except Exception:  # a step that fails sends its noise, so that nobody learns that it failed
-            # the owner's own log only: an owner must be able to see that its steps fail
-            _LOG.warning("a training step failed and sent its noise alone")
-            _forget(sampled)
-            optimizer.step_with_noise_only()
+        stream = SecureStream()
+        optimizer.step_on(_sampled_sums(engine, sums_of, plan, examples, stream), stream)
     return flatten(model).astype(np.float64) - start
 
 
-def _forget(model: nn.Module) -> None:
-    """Drop what Opacus' hooks keep of a forward pass that never reached its backward pass."""
-    for module in model.modules():
-        for name in ("activations", "max_batch_len"):
-            if hasattr(module, name):
-                delattr(module, name)
+def _sampled_sums(
+    engine: GradientEngine, sums_of: Sums, plan: Plan, examples: Examples, stream: SecureStream
+) -> list[Tensor]:
+    """Return the sums of one Poisson batch; zeros if they fail, so that nobody learns that they failed."""
+    chosen = require_own(stream).coins(len(examples), plan.privacy.sample_rate)
+    try:
+        sums = sums_of(torch.from_numpy(examples.x[chosen]), torch.from_numpy(examples.y[chosen]))
+        finite = all(math.isfinite(float(total.double().sum())) for total in sums)
+    except Exception:  # what went wrong may depend on data
+        finite = False
+    if finite:
+        return sums
+    # the owner's own log only: an owner must be able to see that its steps fail
+    _LOG.warning("a training step failed and counts as one without examples")
+    return [torch.zeros_like(parameter, requires_grad=False) for parameter in engine.parameters]
 
 
-def _step(task: Task, model: Any, optimizer: SecureDPOptimizer, x: NDArray[Any], y: NDArray[Any]) -> None:
-    """Apply one step to a sampled batch of any size, also to an empty one, in pieces that fit in memory."""
-    parameters = sum(parameter.numel() for parameter in optimizer.params)
-    size = max(1, MICRO_BATCH_VALUES // parameters)
-    starts = range(0, max(1, len(x)), size)
-    for start in starts:
-        rows = torch.from_numpy(x[start : start + size])
-        # Inputs that require a gradient keep PyTorch from warning about Opacus' backward hooks.
-        logits = model(rows.requires_grad_())
-        losses = task.loss(logits, torch.from_numpy(y[start : start + size]))
-        torch.autograd.backward(losses.sum())
-        optimizer.signal_skip_step(do_skip=start != starts[-1])
-        optimizer.step()
-        optimizer.zero_grad()
+def _clipped(engine: GradientEngine, plan: Plan) -> Sums:
+    bound = plan.privacy.max_grad_norm
+    return lambda x, y: batch_sums(engine, lambda a, b: engine.clipped_sums(a, b, bound), x, y)
+
+
+def _plain(engine: GradientEngine) -> Sums:
+    return lambda x, y: batch_sums(engine, engine.plain_sums, x, y)
