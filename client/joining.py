@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from client.heads import require_held
 from client.membership import certified_member, member_keys, require_acceptable, verified_bodies
 from client.owner import Owner
 from client.policy import admit
@@ -21,15 +22,15 @@ from crypto.agreement import (
     wrap_digests,
     wraps_hash,
 )
-from crypto.frames import SealContext
 from crypto.graph import graph_seed
 from crypto.masks import first_chain_key
-from crypto.presets import packing_for
+from crypto.measuring import plan_context
 from crypto.secret import SealKey, self_test
 from crypto.signing import sign
 from protocol.accounting import require_target
 from protocol.encoding import digest, digest_bytes
 from protocol.errors import ModelMismatch, PlanInvalid, ProtocolViolation, RosterRefused
+from protocol.evaluation import require_evaluation_target
 from protocol.messages import (
     Join,
     JoinReply,
@@ -43,6 +44,7 @@ from protocol.messages import (
 )
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
+from tasks.resolve import require_shares
 
 
 def join(owner: Owner, request: JoinRequest) -> Outcome:
@@ -53,8 +55,10 @@ def join(owner: Owner, request: JoinRequest) -> Outcome:
         PolicyRefused, BudgetExhausted: This owner does not allow it.
         ModelMismatch: The plan names another initial model than this code builds.
         ProtocolViolation: The run was joined before with another plan.
+        LedgerOutrun: This owner was shown a head that it signed and its ledger does not hold.
     """
     plan = Plan.from_fields(request.plan)
+    require_held(owner)
     known = owner.store.find(request.run)
     if known is not None:
         raise ProtocolViolation("this run was joined before; only the same request is answered again")
@@ -84,10 +88,12 @@ def join(owner: Owner, request: JoinRequest) -> Outcome:
 
 def check_plan(owner: Owner, plan: Plan) -> GlobalModel:
     """Run every check that needs no other party, and return round 0's model."""
-    if plan.privacy.noise == "local" and plan.privacy.noise_multiplier is None:
+    if plan.privacy.noise != "none" and plan.privacy.noise_multiplier is None:
         raise PlanInvalid("privacy.noise_multiplier: a plan that is sent must be resolved")
     require_target(plan)
-    self_test(SealContext(packing_for(plan.encryption.preset, plan.cohort.maximum)))
+    require_evaluation_target(plan)
+    require_shares(plan)
+    self_test(plan_context(plan))
     admit(owner.policy, plan)
     model = GlobalModel.initial(owner.task(plan).initial_weights(plan))
     if model.sha256() != plan.model.initial_sha256:
@@ -136,13 +142,12 @@ def _wrap_for_peers(
         for peer, key in peers.items()
     }
     keys: dict[str, bytes] = {}
-    residues, commitment = None, None
+    dealt, commitment = None, None
     if own == members[0].join.signer:
-        context = SealContext(packing_for(plan.encryption.preset, plan.cohort.maximum))
-        bfv_key = SealKey.generate(context)
-        residues, commitment = bfv_key.residues(), bfv_key.commitment()
+        bfv_key = SealKey.generate(plan_context(plan))
+        dealt, commitment = bfv_key.dealt(), bfv_key.commitment()
         keys = {
-            peer: wrap(key, residues, WrapContext(state.run, roster_hash, own, peer, "bfv"))
+            peer: wrap(key, dealt, WrapContext(state.run, roster_hash, own, peer, "bfv"))
             for peer, key in peers.items()
         }
     body = Wraps(
@@ -154,10 +159,11 @@ def _wrap_for_peers(
         key_commitment=commitment,
     )
     changed = state.with_changes(
-        stage="rostered", members=members, roster_hash=roster_hash, halves=halves, bfv_key=residues
+        stage="rostered", members=members, roster_hash=roster_hash, halves=halves, bfv_key=dealt
     )
     signed = sign(owner.credentials.signing_key, body)
-    return Outcome(changed, RosterReply(wraps=signed, seeds=seeds, keys=keys))
+    heads = owner.store.heads(peers)
+    return Outcome(changed, RosterReply(wraps=signed, seeds=seeds, keys=keys, heads=heads))
 
 
 def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
@@ -166,7 +172,9 @@ def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
     Raises:
         ProtocolViolation: A wrap is missing, was swapped, or the dealer broke its commitment.
         SignatureInvalid: A signed message does not verify.
+        LedgerOutrun: A peer returned a head that this owner signed and its ledger does not hold.
     """
+    require_held(owner, request.heads)
     if state.stage != "rostered" or state.roster_hash is None or state.hpke_secret is None:
         raise ProtocolViolation("keys are not expected now")
     public_keys = member_keys(owner, state)
@@ -234,11 +242,10 @@ def _dealt_key(
         raise ProtocolViolation("exactly the first member must deal the encryption key")
     plan = state.parsed_plan()
     if own == dealer:
-        residues = bytes(state.bfv_key or b"")
+        dealt = bytes(state.bfv_key or b"")
     else:
         context = WrapContext(state.run, str(state.roster_hash), dealer, own, "bfv")
-        residues = hpke_key.unwrap(request.key or b"", context)
-    bfv = SealContext(packing_for(plan.encryption.preset, plan.cohort.maximum))
-    if SealKey.from_residues(bfv, residues).commitment() != signed[dealer].key_commitment:
+        dealt = hpke_key.unwrap(request.key or b"", context)
+    if SealKey.from_dealt(plan_context(plan), dealt).commitment() != signed[dealer].key_commitment:
         raise ProtocolViolation("the encryption key is not the one that the dealer committed to")
-    return residues
+    return dealt

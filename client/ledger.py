@@ -9,53 +9,42 @@ Guarantee: for every example of the dataset, over all its runs, the privacy loss
 runs' epsilons, sum of their deltas), a privacy filter for parameters that are chosen after earlier
 results (Rogers et al. 2016). A run is priced at the rounds it used, a prefix of its fixed schedule. It
 assumes that no run is cut short on the sight of its results (its planned epsilon is then the right
-price), and that nobody rewrites the ledger and its copy together.
+price). A rollback of the ledger together with its copy is noticed by the heads that peers return
+(`client.heads`). Records that are lost for good are adopted at a cost that the owner declares.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import sqlite3
+import math
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from client.policy import Policy
-from client.spending import (
+from client.entries import (
+    Adopt,
     AnyEntry,
-    Attempt,
     CloseRun,
-    Spending,
-    Spent,
-    Totals,
     from_bytes,
     genesis,
     link,
+    marking,
+    number_after,
     opening,
     to_bytes,
 )
-from protocol.accounting import epsilon_after
+from client.ledger_files import HeadCopy, connect, exclusive, sqlite_translated
+from client.policy import Policy
+from client.spending import Spending, Spent, Totals, planned_cost
 from protocol.encoding import decode
 from protocol.errors import EncodingInvalid, LedgerConflict, LedgerCorrupt, LedgerRollback
-from protocol.messages import LedgerHead, Message
-from protocol.plan import Name, Plan
-
-BUSY_TIMEOUT_S = 30.0
-"""Longest wait for another process that holds the database."""
-
-_SCHEMA = """CREATE TABLE IF NOT EXISTS record (
-    sequence INTEGER PRIMARY KEY,
-    previous TEXT UNIQUE REFERENCES record (hash),
-    body BLOB NOT NULL,
-    hash TEXT NOT NULL UNIQUE
-) STRICT"""
+from protocol.messages import LedgerHead, Purpose
+from protocol.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -73,9 +62,19 @@ class LedgerRecord:
     body: dict[str, Any]
 
 
-class _HeadCopy(Message):
-    dataset: Name
-    ledger: LedgerHead
+@dataclass(frozen=True)
+class Adoption:
+    """An owner's declaration of what lost records cost at most; the caps count it as spent.
+
+    Attributes:
+        epsilon: At least 0.
+        delta: 0 to 1.
+        heads: Own heads that peers returned; the ones that the ledger holds are left out.
+    """
+
+    epsilon: float
+    delta: float
+    heads: tuple[LedgerHead, ...] = ()
 
 
 class Ledger:
@@ -89,15 +88,17 @@ class Ledger:
         self._path = path
         self._dataset = policy.dataset
         self._budget = policy.budget
-        self._copy = head_copy
+        self._copy = HeadCopy(head_copy, policy.dataset)
         self._lock = threading.Lock()
         self._copied = -1
         self._forget()
-        with _sqlite_translated():
-            self._connection = _connect(path)
+        with sqlite_translated():
+            self._connection = connect(path)
 
     @classmethod
-    def open(cls, path: Path, policy: Policy, head_copy: Path, *, adopt: bool = False) -> Ledger:
+    def open(
+        cls, path: Path, policy: Policy, head_copy: Path, *, adoption: Adoption | None = None
+    ) -> Ledger:
         """Open or begin the ledger of the policy's dataset, and verify every record.
 
         Args:
@@ -105,23 +106,25 @@ class Ledger:
             policy: Names the dataset and its caps.
             head_copy: File for (sequence, head), outside the ledger's folder, so that restoring the
                 folder from a backup does not restore the copy with it.
-            adopt: Accept a ledger whose copy is missing, for an owner who moves it on purpose.
+            adoption: Go on with a ledger that lost records or its copy, at a declared cost; every run is
+                closed. Only on the owner's own command.
 
         Raises:
             LedgerCorrupt: A record was changed or the file is damaged.
             LedgerRollback: The ledger is behind its copy or differs from it, or one of them is missing.
-            LedgerConflict: The ledger belongs to another dataset name, or the copy's place is wrong.
+            LedgerConflict: The ledger belongs to another dataset name, the copy's place is wrong, or
+                nothing is missing that could be adopted.
         """
         if path.resolve().parent in head_copy.resolve().parents:
             raise LedgerConflict("the head copy must lie outside the ledger's folder")
         for folder in (path.parent, head_copy.parent):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if head_copy.exists() and not path.exists():
+        if head_copy.exists() and not path.exists() and adoption is None:
             raise LedgerRollback("the ledger is missing and its head copy is not")
         ledger = cls(path, policy, head_copy)
         try:
             with ledger._transaction():
-                ledger._begin(adopt)
+                ledger._begin(adoption)
         except BaseException:
             ledger.close()
             raise
@@ -147,28 +150,28 @@ class Ledger:
                 if self._spending.open_run(run).opened.plan_hash != plan.sha256():
                     raise LedgerConflict("the run was opened with another plan")
                 return
-            planned = epsilon_after(plan, plan.paid_rounds)
+            planned = planned_cost(plan)
             if planned is not None:
-                self._spending.require_caps(self._budget, run, planned, plan.privacy.delta)
+                self._spending.require_caps(self._budget, run, planned)
             self._append(opening(run, plan, _now_s()))
 
-    def reserve(self, run: str, attempt: int) -> None:
-        """Charge one round, durably, before its data is touched.
+    def reserve(self, run: str, attempt: int, purpose: Purpose = "train") -> None:
+        """Charge one round or one evaluation, durably, before its data is touched.
 
         Args:
             run: An open run.
             attempt: A number above every number that the run reserved before.
+            purpose: What the attempt is for; each purpose has its own price and its own limit.
 
         Raises:
             BudgetExhausted: A cap would be exceeded.
             LedgerConflict: The number is not new, or the run is closed or used up.
         """
         with self._transaction():
-            entry = self._spending.open_run(run)
-            epsilon = entry.epsilon(entry.charged() + 1)
-            if epsilon is not None:
-                self._spending.require_caps(self._budget, run, epsilon, entry.opened.delta)
-            self._append(Attempt(kind="reserve", run=run, attempt=attempt, time_s=_now_s()))
+            cost = self._spending.open_run(run).cost_with(purpose)
+            if cost is not None:
+                self._spending.require_caps(self._budget, run, cost)
+            self._append(marking("reserve", run, attempt, purpose, _now_s()))
 
     def commit(self, run: str, attempt: int) -> None:
         """Record, before the update is sealed, that a reserved attempt is going to be released.
@@ -176,8 +179,7 @@ class Ledger:
         Raises:
             LedgerConflict: The attempt is not reserved, or settled already.
         """
-        with self._transaction():
-            self._append(Attempt(kind="commit", run=run, attempt=attempt, time_s=_now_s()))
+        self._settle(run, attempt, "commit")
 
     def void(self, run: str, attempt: int) -> None:
         """Refund a reserved attempt; only after its update was erased, and if nothing left the node.
@@ -185,8 +187,12 @@ class Ledger:
         Raises:
             LedgerConflict: The attempt is not reserved, or settled already.
         """
+        self._settle(run, attempt, "void")
+
+    def _settle(self, run: str, attempt: int, kind: Literal["commit", "void"]) -> None:
         with self._transaction():
-            self._append(Attempt(kind="void", run=run, attempt=attempt, time_s=_now_s()))
+            purpose = self._spending.open_run(run).purpose(attempt)
+            self._append(marking(kind, run, attempt, purpose, _now_s()))
 
     def close_run(self, run: str) -> None:
         """Let a run spend nothing more; repeating it does nothing.
@@ -215,7 +221,12 @@ class Ledger:
     def head(self) -> LedgerHead:
         """Return number and hash of the last record, as an owner signs them."""
         with self._current():
-            return LedgerHead(sequence=self._sequence, head=self._head or "")
+            return self._current_head()
+
+    def holds(self, head: LedgerHead) -> bool:
+        """Tell whether a head is one of this chain's, or of lost records that the owner adopted."""
+        with self._current():
+            return self._holds(head)
 
     def records(self) -> list[LedgerRecord]:
         """Return all records, oldest first."""
@@ -227,19 +238,20 @@ class Ledger:
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        with self._lock, _sqlite_translated():
+        with self._lock, sqlite_translated():
             self._catch_up()
             yield
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         # The file lock also keeps the head copies of two processes in the order of their records.
-        with self._lock, _exclusive(self._path.with_name(self._path.name + ".lock")):
-            with _sqlite_translated(), self._immediate():
+        with self._lock, exclusive(self._path.with_name(self._path.name + ".lock")):
+            with sqlite_translated(), self._immediate():
                 self._catch_up()
                 yield
             if self._sequence != self._copied:
-                self._write_copy()
+                self._copy.write(self._current_head())
+                self._copied = self._sequence
 
     @contextmanager
     def _immediate(self) -> Iterator[None]:
@@ -254,33 +266,51 @@ class Ledger:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def _begin(self, adopt: bool) -> None:
-        copy = self._read_copy()
-        if self._sequence < 0:
-            if copy is not None:
-                raise LedgerRollback("the ledger is empty and its head copy is not")
-            self._append(genesis(self._dataset, _now_s()))
-            return
-        if self._spending.dataset != self._dataset:
+    def _begin(self, adoption: Adoption | None) -> None:
+        if self._sequence >= 0 and self._spending.dataset != self._dataset:
             raise LedgerConflict("the ledger was begun for another dataset name")
-        if copy is None:
-            # A lone genesis without a copy is a crash at the very first step, and holds no spending.
-            if self._sequence > 0 and not adopt:
-                raise LedgerRollback("the head copy is missing")
-        else:
-            self._compare(copy)
+        if adoption is None:
+            self._compare(self._copy.read())
+        if self._sequence < 0:
+            self._append(genesis(self._dataset, _now_s()))
+        if adoption is not None:
+            self._adopt(adoption)
 
-    def _compare(self, copy: _HeadCopy) -> None:
-        if copy.dataset != self._dataset:
-            raise LedgerRollback("the head copy belongs to another dataset name")
-        if copy.ledger.sequence > self._sequence:
-            raise LedgerRollback(f"it ends at {self._sequence}, its copy at {copy.ledger.sequence}")
+    def _adopt(self, adoption: Adoption) -> None:
+        try:
+            copied = self._copy.read()
+        except LedgerRollback:
+            copied = None
+        known = {head for head in (copied, *adoption.heads) if head is not None}
+        lost = sorted(
+            (head for head in known if not self._holds(head)), key=lambda head: (head.sequence, head.head)
+        )
+        if not lost and (copied is not None or self._sequence == 0):
+            raise LedgerConflict("nothing is missing, so that there is nothing to adopt")
+        costs = adoption.epsilon, adoption.delta
+        if not (0.0 <= costs[0] < math.inf and 0.0 <= costs[1] <= 1.0):
+            raise LedgerConflict("the declared cost is not an epsilon and a delta")
+        self._append(Adopt(heads=lost, epsilon=costs[0], delta=costs[1], time_s=_now_s()))
+
+    def _compare(self, copied: LedgerHead | None) -> None:
+        if copied is None:
+            # A lone genesis without a copy is a crash at the very first step, and holds no spending.
+            if self._sequence > 0:
+                raise LedgerRollback("the head copy is missing")
+            return
+        if self._sequence < 0:
+            raise LedgerRollback("the ledger is empty and its head copy is not")
+        if not self._holds(copied):
+            if copied.sequence > self._sequence:
+                raise LedgerRollback(f"it ends at {self._sequence}, its copy at {copied.sequence}")
+            raise LedgerRollback(f"it differs from its head copy at {copied.sequence}")
+        self._copied = copied.sequence
+
+    def _holds(self, head: LedgerHead) -> bool:
         row = self._connection.execute(
-            "SELECT hash FROM record WHERE sequence = ?", (copy.ledger.sequence,)
+            "SELECT hash FROM record WHERE sequence = ?", (head.sequence,)
         ).fetchone()
-        if row != (copy.ledger.head,):
-            raise LedgerRollback(f"it differs from its head copy at {copy.ledger.sequence}")
-        self._copied = copy.ledger.sequence
+        return row == (head.head,) or self._spending.acknowledges(head)
 
     def _forget(self) -> None:
         self._spending = Spending()
@@ -302,91 +332,30 @@ class Ledger:
 
     def _accept(self, sequence: int, previous: str | None, body: bytes, digest: str) -> None:
         follows = isinstance(body, bytes) and digest == link(self._head, body)
-        if not follows or (sequence, previous) != (self._sequence + 1, self._head):
+        if not follows or previous != self._head:
             raise LedgerCorrupt(f"record {sequence} does not follow from the one before")
         try:
-            self._spending.apply(from_bytes(body))
+            entry = from_bytes(body)
+            self._spending.apply(entry)
         except (EncodingInvalid, ValidationError, LedgerConflict):
             raise LedgerCorrupt(f"record {sequence} makes no sense at its place") from None
+        if sequence != number_after(self._sequence, entry):
+            raise LedgerCorrupt(f"record {sequence} has another number than its place")
         self._sequence, self._head = sequence, digest
+
+    def _current_head(self) -> LedgerHead:
+        return LedgerHead(sequence=self._sequence, head=self._head or "")
 
     def _append(self, entry: AnyEntry) -> None:
         self._spending.apply(entry)
         body = to_bytes(entry)
         previous, self._head = self._head, link(self._head, body)
-        self._sequence += 1
+        self._sequence = number_after(self._sequence, entry)
         self._connection.execute(
             "INSERT INTO record (sequence, previous, body, hash) VALUES (?, ?, ?, ?)",
             (self._sequence, previous, body, self._head),
         )
 
-    def _read_copy(self) -> _HeadCopy | None:
-        try:
-            return _HeadCopy.from_bytes(self._copy.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, EncodingInvalid):
-            raise LedgerRollback("the head copy cannot be read") from None
-
-    def _write_copy(self) -> None:
-        head = LedgerHead(sequence=self._sequence, head=self._head or "")
-        try:
-            _write_durably(self._copy, _HeadCopy(dataset=self._dataset, ledger=head).to_bytes())
-        except OSError:
-            raise LedgerConflict("the head copy cannot be written") from None
-        self._copied = self._sequence
-
 
 def _now_s() -> int:
     return int(time.time())
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # Made here, because SQLite would make the file readable for others; its side files inherit the mode.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    connection = sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-    )
-    try:
-        for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            connection.execute(f"PRAGMA {setting}").fetchall()
-        connection.execute(_SCHEMA)
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection
-
-
-@contextmanager
-def _sqlite_translated() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        name = getattr(error, "sqlite_errorname", None) or "an error"
-        if name.startswith("SQLITE_BUSY"):
-            raise LedgerConflict("another process holds the ledger") from None
-        raise LedgerCorrupt(f"SQLite reports {name}") from None
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from client.owner import Owner
 from client.state import RunState
+from crypto.agreement import signed_hash
 from crypto.certificates import Member, verify_signing_certificate
 from crypto.signing import verify
 from protocol.errors import RosterRefused, SignatureInvalid
-from protocol.messages import Body, JoinReply, Signed
+from protocol.messages import Body, JoinReply, Purpose, Ready, Signed
 from protocol.plan import Plan
 
 B = TypeVar("B", bound=Body)
@@ -76,3 +77,27 @@ def require_acceptable(owner: Owner, plan: Plan, signers: Sequence[str]) -> None
             f"peers.min_known_peers: {policy.peers.min_known_peers} pinned peers must be in the list, "
             f"{len(known)} are"
         )
+
+
+class RoundList(NamedTuple):
+    """A verified list of one attempt: its hash, and what all its owners signed."""
+
+    sha256: str
+    model_hash: str
+    purpose: Purpose
+
+
+def check_round_list(owner: Owner, state: RunState, attempt: int, ready: Sequence[Signed]) -> RoundList:
+    """Verify an attempt's list.
+
+    Raises:
+        RosterRefused: The list is not acceptable to this owner, or mixes attempts, purposes or models.
+    """
+    plan = state.parsed_plan()
+    bodies = verified_bodies(ready, member_keys(owner, state), Ready)
+    require_acceptable(owner, plan, [message.signer for message in ready])
+    said = {(body.session, body.attempt, body.purpose, body.model_hash) for body in bodies}
+    first = bodies[0]
+    if said != {(state.keyed_session(), attempt, first.purpose, first.model_hash)}:
+        raise RosterRefused("the list mixes sessions, attempts, purposes or models")
+    return RoundList(signed_hash(ready), first.model_hash, first.purpose)

@@ -13,20 +13,23 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cryptography import x509
 from numpy.typing import NDArray
 
-from client.ledger import Ledger
+from client.holdout import Holdout
+from client.ledger import Adoption, Ledger
 from client.policy import Policy
 from client.state import StateStore
 from crypto.certificates import OwnerCredentials, common_name, fingerprint
 from crypto.pki import load_owner, load_trust
 from crypto.vault import StorageBox, derive_storage_key, write_private
 from protocol.errors import PolicyInvalid
+from protocol.messages import Purpose
 from protocol.plan import Plan
-from tasks.images import Examples
+from tasks.images import Examples, RowFilter
 from tasks.registry import Task, task_for
 
 IDENTITY, POLICY, LEDGER, STATE = "identity", "policy.toml", "ledger", "state.db"
@@ -34,15 +37,19 @@ IDENTITY, POLICY, LEDGER, STATE = "identity", "policy.toml", "ledger", "state.db
 
 @dataclass
 class PendingUpdate:
-    """An update between `train.fit` and `train.seal`; it lives in memory only.
+    """What an owner contributes to an attempt, between `train.fit` and `train.seal`; in memory only.
 
     Attributes:
         attempt: The attempt that paid for it.
+        purpose: What it is: an update, or noised counts.
+        finished_rounds: Rounds that the model has behind it.
         model_hash: The model it starts from.
         update: float64 (n,).
     """
 
     attempt: int
+    purpose: Purpose
+    finished_rounds: int
     model_hash: str
     update: NDArray[np.float64]
 
@@ -84,10 +91,29 @@ class Owner:
         return task_for(plan)
 
     def examples(self, plan: Plan) -> Examples:
-        """Return this owner's examples, read once per task description."""
-        key = plan.task.model_dump_json()
+        """Return this owner's examples, read once per task description and model and kept in memory.
+
+        Preprocessing is done then, once; a model with costly features pays for them in its first round.
+        Where the plan has evaluation, they are the records that are not held out.
+        """
+        holdout = self._holdout(plan)
+        return self._read(plan, "train", None if holdout is None else holdout.trained_on)
+
+    def held_out(self, plan: Plan) -> Examples:
+        """Return the records that evaluation counts and training never sees; none without evaluation."""
+        holdout = self._holdout(plan)
+        return self._read(plan, "evaluate", _none if holdout is None else holdout.held_out)
+
+    def _holdout(self, plan: Plan) -> Holdout | None:
+        if plan.evaluation is None:
+            return None
+        return Holdout(self.store.holdout_key(self.policy.dataset), plan.evaluation.holdout_share)
+
+    def _read(self, plan: Plan, purpose: Purpose, among: RowFilter | None) -> Examples:
+        share = plan.evaluation and plan.evaluation.holdout_share
+        key = f"{purpose} {share} {plan.model.name} {plan.task.model_dump_json()}"
         if key not in self._examples:
-            self._examples[key] = self.task(plan).read_private(self.data_file)
+            self._examples[key] = self.task(plan).read_private(self.data_file, among)
         return self._examples[key]
 
     def close(self) -> None:
@@ -95,6 +121,10 @@ class Owner:
         self.pending.clear()
         self.ledger.close()
         self.store.close()
+
+
+def _none(_x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.zeros(len(y), dtype=np.bool_)
 
 
 def open_owner(home: Path, passphrase: bytes) -> Owner:
@@ -111,22 +141,41 @@ def open_owner(home: Path, passphrase: bytes) -> Owner:
     """
     identity = home / IDENTITY
     credentials, trust = load_owner(identity, passphrase), load_trust(identity)
-    try:
-        policy = Policy.from_toml((home / POLICY).read_text(encoding="utf-8"))
-    except OSError:
-        raise PolicyInvalid("policy.toml cannot be read") from None
+    policy = read_policy(home)
     name = common_name(credentials.signing_certificate.subject)
-    (home / LEDGER).mkdir(mode=0o700, exist_ok=True)
     return Owner(
         name=name,
         credentials=credentials,
         authority=trust.authority,
         revocations=trust.revocations,
         policy=policy,
-        ledger=Ledger.open(home / LEDGER / "ledger.db", policy, identity / "ledger.head"),
-        store=StateStore(home / STATE, StorageBox(_storage_key(home, passphrase))),
+        ledger=open_ledger(home, policy),
+        store=open_store(home, passphrase),
         data_file=home / policy.data_file,
     )
+
+
+def read_policy(home: Path) -> Policy:
+    """Read an owner's policy.
+
+    Raises:
+        PolicyInvalid: The file is missing or wrong.
+    """
+    try:
+        return Policy.from_toml((home / POLICY).read_text(encoding="utf-8"))
+    except OSError:
+        raise PolicyInvalid("policy.toml cannot be read in this home folder") from None
+
+
+def open_ledger(home: Path, policy: Policy, adoption: Adoption | None = None) -> Ledger:
+    """Open the ledger of a home; see `Ledger.open`."""
+    copy = home / IDENTITY / "ledger.head"
+    return Ledger.open(home / LEDGER / "ledger.db", policy, copy, adoption=adoption)
+
+
+def open_store(home: Path, passphrase: bytes) -> StateStore:
+    """Open the protocol state of a home, which the passphrase unseals."""
+    return StateStore(home / STATE, StorageBox(_storage_key(home, passphrase)))
 
 
 def _storage_key(home: Path, passphrase: bytes) -> bytes:

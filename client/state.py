@@ -5,9 +5,9 @@ Everything that a repeated request or a restart needs is written before an answe
 
 from __future__ import annotations
 
-import os
+import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from client.ledger_files import create_private
 from crypto.vault import StorageBox
 from protocol.encoding import Blob, Digest, decode, encode
 from protocol.errors import SessionMismatch
-from protocol.messages import Count, Fingerprint, JoinReply, Message
+from protocol.messages import Count, Fingerprint, JoinReply, LedgerHead, Message, Signed
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 
@@ -30,6 +31,9 @@ CREATE TABLE IF NOT EXISTS answers (
     run TEXT NOT NULL, request TEXT NOT NULL, attempt INTEGER NOT NULL,
     body BLOB NOT NULL, blob BLOB NOT NULL, PRIMARY KEY (run, request)
 );
+CREATE TABLE IF NOT EXISTS heads (owner TEXT PRIMARY KEY, message BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS holdout (dataset TEXT PRIMARY KEY, key BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS shown (head TEXT PRIMARY KEY, message BLOB NOT NULL);
 """
 _STATE_LIMIT_BYTES = 64 * 1024 * 1024
 
@@ -51,10 +55,11 @@ class RunState(Message):
         session: The session's hash.
         chain_keys: Mask chain key per peer, ratcheted to `chain_attempt`.
         chain_attempt: Attempt that the chain keys belong to; earlier ones cannot be derived any more.
-        bfv_key: The session's encryption key as residues.
+        bfv_key: The session's encryption key, as it was dealt.
         round: Finished rounds that this owner has applied.
         sealed: Attempt to the hash of the list it was sealed for.
         opened: Attempt to the hash of the headers it was opened for.
+        evaluated: Sealed evaluation attempt to the finished round whose model it counted on.
         lists: The distinct lists of owners that this owner sealed for.
     """
 
@@ -75,6 +80,7 @@ class RunState(Message):
     round: Count = 0
     sealed: dict[str, Digest] = Field(default_factory=dict)
     opened: dict[str, Digest] = Field(default_factory=dict)
+    evaluated: dict[str, Count] = Field(default_factory=dict)
     lists: list[list[Fingerprint]] = Field(default_factory=list)
 
     def with_changes(self, **changes: object) -> RunState:
@@ -113,12 +119,14 @@ class Outcome:
         reply: The message to answer.
         blob: What travels beside the reply.
         model: The global model, where the step changed it.
+        heads: Verified joins and ready messages of a round's list, for the ledger heads in them.
     """
 
     state: RunState
     reply: Message
     blob: bytes = b""
     model: GlobalModel | None = None
+    heads: Sequence[Signed] = ()
 
 
 class StateStore:
@@ -130,8 +138,7 @@ class StateStore:
     """
 
     def __init__(self, path: Path, box: StorageBox) -> None:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-        os.close(descriptor)
+        create_private(path)
         self._box = box
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         self._database.execute("PRAGMA journal_mode=WAL")
@@ -179,10 +186,12 @@ class StateStore:
         request: str | None = None,
         attempt: int = 0,
         answer: Answer | None = None,
+        heads: Sequence[Signed] = (),
     ) -> None:
         """Write a state, and optionally its model and the answer to a request, in one transaction.
 
-        Answers of earlier attempts are dropped: the coordinator cannot need them any more.
+        Answers of earlier attempts are dropped: the coordinator cannot need them any more. Of each signer
+        in `heads`, the message with the highest ledger head is kept.
         """
         sealed = self._box.seal(encode(state.model_dump(mode="json")), b"state/" + state.run.encode())
         with self._transaction():
@@ -205,8 +214,57 @@ class StateStore:
                     "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
                     (state.run, request, attempt, answer.body, answer.blob),
                 )
+            self._keep_highest(heads)
         # the log would keep earlier states, with keys that this one has erased
         self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def holdout_key(self, dataset: str) -> bytes:
+        """Return the secret key that decides which records of a dataset are held out; for the owner only.
+
+        The first call draws it; it stays the same for all runs on the dataset.
+        """
+        context = b"holdout/" + dataset.encode()
+        with self._transaction():
+            fresh = self._box.seal(secrets.token_bytes(32), context)
+            self._database.execute("INSERT OR IGNORE INTO holdout VALUES (?, ?)", (dataset, fresh))
+            (sealed,) = self._database.execute(
+                "SELECT key FROM holdout WHERE dataset = ?", (dataset,)
+            ).fetchone()
+        return self._box.open(sealed, context)
+
+    def heads(self, owners: Iterable[str]) -> dict[str, Signed]:
+        """Return the message with the highest ledger head that was kept of each owner."""
+        found = {}
+        for owner in owners:
+            row = self._database.execute("SELECT message FROM heads WHERE owner = ?", (owner,)).fetchone()
+            if row is not None:
+                found[owner] = self._open_message(row[0], "heads/" + owner)
+        return found
+
+    def shown(self) -> list[Signed]:
+        """Return this owner's own messages that were returned and whose heads its ledger did not hold."""
+        rows = self._database.execute("SELECT head, message FROM shown ORDER BY head").fetchall()
+        return [self._open_message(message, "shown/" + head) for head, message in rows]
+
+    def keep_shown(self, messages: Sequence[Signed]) -> None:
+        """Keep such messages for good: only a ledger that holds their heads answers them."""
+        with self._transaction():
+            for message in messages:
+                head = LedgerHead.of(message).head
+                sealed = self._box.seal(message.to_bytes(), b"shown/" + head.encode())
+                self._database.execute("INSERT OR IGNORE INTO shown VALUES (?, ?)", (head, sealed))
+
+    def _keep_highest(self, messages: Sequence[Signed]) -> None:
+        for message in messages:
+            known = self.heads([message.signer]).get(message.signer)
+            if known is None or LedgerHead.of(known).sequence < LedgerHead.of(message).sequence:
+                sealed = self._box.seal(message.to_bytes(), b"heads/" + message.signer.encode())
+                self._database.execute(
+                    "INSERT OR REPLACE INTO heads VALUES (?, ?)", (message.signer, sealed)
+                )
+
+    def _open_message(self, sealed: bytes, label: str) -> Signed:
+        return Signed.from_bytes(self._box.open(sealed, label.encode()))
 
     def _open_state(self, run: str, sealed: bytes) -> RunState:
         plain = self._box.open(sealed, b"state/" + run.encode())

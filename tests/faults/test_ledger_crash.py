@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import client.ledger
-from client.ledger import Ledger
+from client.ledger import Adoption, Ledger
+from client.ledger_files import HeadCopy
 from client.policy import Policy
 from protocol.accounting import epsilon_after
 from protocol.errors import LedgerCorrupt, LedgerRollback
@@ -109,7 +109,7 @@ def die_at_statement(ledger: Ledger, statement: str, after: bool) -> None:
 
 
 def die_at_copy(_ledger: Ledger) -> None:
-    client.ledger._write_durably = die
+    HeadCopy.write = die
 
 
 def die_at_rename(_ledger: Ledger) -> None:
@@ -161,9 +161,9 @@ def test_a_kill_before_the_very_first_copy_can_be_repeated(place: tuple[Path, Pa
     def work() -> None:
         original = Ledger._begin
 
-        def armed(ledger: Ledger, adopt: bool) -> None:
+        def armed(ledger: Ledger, adoption: Adoption | None) -> None:
             POINTS[point](ledger)
-            original(ledger, adopt)
+            original(ledger, adoption)
 
         Ledger._begin = armed
         open_ledger(place)

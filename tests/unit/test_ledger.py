@@ -279,8 +279,6 @@ def test_an_older_ledger_is_refused(ledger: Ledger, place: tuple[Path, Path], tm
     shutil.copy(tmp_path / "old.db", place[0])
     with pytest.raises(LedgerRollback, match="its copy at 2"):
         Ledger.open(place[0], make_policy(), place[1])
-    with pytest.raises(LedgerRollback):
-        Ledger.open(place[0], make_policy(), place[1], adopt=True)
 
 
 def test_a_fork_of_equal_length_is_refused(
@@ -307,14 +305,12 @@ def test_a_deleted_ledger_is_refused(ledger: Ledger, place: tuple[Path, Path]) -
         Ledger.open(place[0], make_policy(), place[1])
 
 
-def test_a_missing_copy_is_refused_until_it_is_adopted(ledger: Ledger, place: tuple[Path, Path]) -> None:
+def test_a_missing_copy_is_refused(ledger: Ledger, place: tuple[Path, Path]) -> None:
     ledger.open_run(RUN, PLAN)
     ledger.close()
     place[1].unlink()
     with pytest.raises(LedgerRollback, match="missing"):
         Ledger.open(place[0], make_policy(), place[1])
-    Ledger.open(place[0], make_policy(), place[1], adopt=True).close()
-    Ledger.open(place[0], make_policy(), place[1]).close()
 
 
 def test_a_damaged_copy_is_refused(ledger: Ledger, place: tuple[Path, Path]) -> None:
@@ -337,10 +333,10 @@ def test_records_that_vanish_under_an_open_ledger_are_noticed(
 
 def test_a_rewritten_but_impossible_history_is_corrupt(ledger: Ledger, place: tuple[Path, Path]) -> None:
     """Whoever recomputes the hashes still cannot make a run spend without an opening."""
-    from client.spending import Attempt, link, to_bytes
+    from client.entries import link, marking, to_bytes
 
     genesis = ledger.head().head
-    body = to_bytes(Attempt(kind="reserve", run=RUN, attempt=1, time_s=0))
+    body = to_bytes(marking("reserve", RUN, 1, "train", 0))
     with sqlite3.connect(place[0]) as intruder:
         intruder.execute("INSERT INTO record VALUES (1, ?, ?, ?)", (genesis, body, link(genesis, body)))
     intruder.close()
