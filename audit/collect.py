@@ -28,8 +28,10 @@ from audit.evidence import (
 from crypto.agreement import signed_hash
 from crypto.certificates import describe
 from crypto.presets import packing_for
+from protocol.claims import adjacency, planned_worst
 from protocol.encoding import digest_bytes
 from protocol.errors import ReportInvalid
+from protocol.evaluation import promised_loss
 from protocol.messages import LedgerHead, Signed
 from protocol.plan import Plan
 from server.release import PRIVATE
@@ -81,7 +83,7 @@ def collect(store: RunStore, home: Path, deployment: dict[str, Any] | None) -> R
         finished_at=store.get("finished_at"),
         model_hash=store.read_checkpoint(finished).sha256(),
         initial_model_hash=initial,
-        encryption=_encryption(plan),
+        encryption=_encryption(plan, store.get("frame_bytes")),
         rounds=[_round(facts) for facts in attempts],
         owners=[_owner(print_, facts, plan) for print_, facts in store.owners().items()],
         transcript=[TranscriptEntry.from_fields(row) for row in store.transcript()],
@@ -100,7 +102,7 @@ def collect(store: RunStore, home: Path, deployment: dict[str, Any] | None) -> R
     )
 
 
-def _encryption(plan: Plan) -> EncryptionEvidence:
+def _encryption(plan: Plan, frame_bytes: int | None) -> EncryptionEvidence:
     packing = packing_for(plan.encryption.preset, plan.cohort.maximum)
     return EncryptionEvidence(
         scheme=packing.preset.scheme,
@@ -110,6 +112,9 @@ def _encryption(plan: Plan) -> EncryptionEvidence:
         plain_modulus_bits=packing.plain_modulus.bit_length(),
         security_level_bits=packing.preset.security_bits,
         exact=packing.preset.scheme == "BFV",
+        frames=plan.encryption.frames,
+        frame_bytes=frame_bytes,
+        values_per_frame=packing.values_per_frame,
     )
 
 
@@ -120,12 +125,13 @@ def _round(facts: dict[str, Any]) -> RoundEvidence:
     return RoundEvidence(
         round=facts["round"],
         attempt=facts["attempt"],
-        purpose="train",
+        purpose=facts["purpose"],
         contributors=facts["contributors"],
         headers_hash=signed_hash(headers) if headers else None,
         sums_hash=facts["sums_hash"],
         openings=openings,
         accuracy=facts["accuracy"],
+        sums=facts["sums"],
         seconds=PhaseSeconds(**{part: seconds.get(part, 0.0) for part in ("fit", "seal", "open")}),
         upload_bytes=facts["upload_bytes"],
         download_bytes=facts["download_bytes"],
@@ -135,7 +141,7 @@ def _round(facts: dict[str, Any]) -> RoundEvidence:
 
 
 def _owner(fingerprint: str, facts: dict[str, Any], plan: Plan) -> OwnerEvidence:
-    statement = facts.get("statement")
+    statement, (epsilon, delta) = facts.get("statement"), promised_loss(plan)
     return OwnerEvidence.from_fields(
         {
             "name": facts["name"],
@@ -143,14 +149,16 @@ def _owner(fingerprint: str, facts: dict[str, Any], plan: Plan) -> OwnerEvidence
             "signing_certificate": facts["certificate"],
             "claimed": ClaimEvidence(
                 unit=plan.privacy.unit,
-                adjacency="add/remove",
-                epsilon=plan.privacy.target_epsilon,
-                delta=plan.privacy.delta,
+                adjacency=adjacency(plan),
+                epsilon=epsilon,
+                epsilon_worst=planned_worst(plan),
+                delta=delta,
             ),
             "statement": None if statement is None else Signed.from_fields(statement),
             "ledger_first": LedgerHead.from_fields(facts["ledger_first"]),
             "ledger_last": LedgerHead.from_fields(facts["ledger_last"]),
             "sealed_attempts": facts["sealed"],
+            "sealed_evaluations": facts["sealed_evaluations"],
         }
     )
 

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from audit.collect import collect
 from audit.report import build_report, write_report
 from deploy.build import build_package, synthetic_inputs
-from deploy.package import PrivacyStatement
-from protocol.accounting import epsilon_after
+from deploy.statement import PrivacyStatement
+from protocol.accounting import epsilon_after, worst_epsilon_after
 from protocol.errors import RunFailed
 from server.app import PUBLIC_DATA
 from server.store import RunStore
@@ -86,9 +86,9 @@ def _package(
     sealed = [facts["sealed"] for facts in store.owners().values()]
     if not sealed:
         raise RunFailed("no owner is recorded")
-    epsilon = epsilon_after(plan, max(sealed))
+    epsilon, worst = epsilon_after(plan, max(sealed)), worst_epsilon_after(plan, max(sealed))
     delta, accountant = (None, None) if epsilon is None else (plan.privacy.delta, "PLD")
-    statement = PrivacyStatement.for_plan(plan, epsilon, delta, accountant)
+    statement = PrivacyStatement.for_plan(plan, epsilon, worst, delta, accountant)
     out.mkdir(parents=True, exist_ok=True)
     result = build_package(
         plan,

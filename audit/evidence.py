@@ -18,18 +18,21 @@ from typing import Annotated, Any, Literal, Self
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crypto.certificates import fingerprint
 from crypto.signing import verify
-from protocol.encoding import Blob, Digest
+from protocol.claims import Adjacency, Unit
+from protocol.encoding import Blob, Digest, digest_bytes
 from protocol.errors import EncodingInvalid, ReportInvalid, SignatureInvalid
+from protocol.evaluation import COUNTS
 from protocol.messages import Count, Fingerprint, LedgerHead, Opening, Purpose, Signed, Statement
 from protocol.plan import first_problem
 
 Text = Annotated[str, Field(max_length=512)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Magnitude = Annotated[float, Field(ge=0)]
+Sum = Annotated[int, Field(ge=0, lt=2**32)]
 Json = bool | int | float | str | list[Any] | dict[str, Any] | None
 
 
@@ -81,6 +84,9 @@ class EncryptionEvidence(Evidence):
 
     Attributes:
         exact: Decryption returns the integer sum without any error.
+        frames: Form of the frames; ``seal`` is SEAL's own, which is larger.
+        frame_bytes: Length of a frame as the coordinator checked it; None if no round began.
+        values_per_frame: Values that a full frame holds.
     """
 
     scheme: Literal["BFV", "CKKS"]
@@ -90,6 +96,9 @@ class EncryptionEvidence(Evidence):
     plain_modulus_bits: Count
     security_level_bits: Count
     exact: bool
+    frames: Literal["packed", "seal"]
+    frame_bytes: Count | None
+    values_per_frame: Count
 
 
 class PhaseSeconds(Evidence):
@@ -101,7 +110,7 @@ class PhaseSeconds(Evidence):
 
 
 class RoundEvidence(Evidence):
-    """One attempt at a round.
+    """One attempt at a round, or at the evaluation of a finished one.
 
     Attributes:
         contributors: Owners whose sealed updates are in the sum.
@@ -109,6 +118,7 @@ class RoundEvidence(Evidence):
         sums_hash: Digest of the opened sums that a quorum agreed on; None when nothing was opened.
         openings: The signed openings as the coordinator received them.
         accuracy: Accuracy of the new model on public data; None when it was not measured.
+        sums: Opened counts of an evaluation, as integers of the quantization grid; None otherwise.
         void: Nothing was opened and the model did not change.
         reason: Error code that says why the attempt is void.
     """
@@ -121,11 +131,20 @@ class RoundEvidence(Evidence):
     sums_hash: Digest | None
     openings: list[Signed]
     accuracy: Probability | None
+    sums: Annotated[list[Sum], Field(min_length=COUNTS, max_length=COUNTS)] | None
     seconds: PhaseSeconds
     upload_bytes: Count
     download_bytes: Count
     void: bool
     reason: Text | None
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        opened = self.purpose == "evaluate" and not self.void
+        sums = b"".join(value.to_bytes(4, "little") for value in self.sums or ())
+        if (self.sums is not None) != opened or (opened and digest_bytes(sums) != self.sums_hash):
+            raise ValueError("sums stand exactly with an opened evaluation, and are the signed ones")
+        return self
 
     def agreeing_openings(self, session: str | None, keys: dict[str, Ed25519PublicKey]) -> int:
         """Count the distinct owners whose valid signatures support this round's opened sum.
@@ -151,11 +170,16 @@ class RoundEvidence(Evidence):
 
 
 class ClaimEvidence(Evidence):
-    """The privacy that the plan promised to one owner; `epsilon` is None without a guarantee."""
+    """The privacy that the plan promised to one owner; an epsilon is None without a guarantee.
 
-    unit: Literal["example"]
-    adjacency: Literal["add/remove"]
+    Attributes:
+        epsilon_worst: What a whole run costs if all other owners collude; None also where it is unbounded.
+    """
+
+    unit: Unit
+    adjacency: Adjacency
     epsilon: Magnitude | None
+    epsilon_worst: Magnitude | None
     delta: Probability
 
 
@@ -168,6 +192,7 @@ class OwnerEvidence(Evidence):
         ledger_first: Ledger head that the owner signed when it joined.
         ledger_last: Newest ledger head that the owner signed.
         sealed_attempts: Attempts for which the owner sealed an update; each of them costs privacy.
+        sealed_evaluations: Evaluations for which it sealed its counts; each of them costs privacy.
     """
 
     name: Text
@@ -178,6 +203,7 @@ class OwnerEvidence(Evidence):
     ledger_first: LedgerHead
     ledger_last: LedgerHead
     sealed_attempts: Count
+    sealed_evaluations: Count
 
     def certificate(self) -> x509.Certificate | None:
         """Return the signing certificate, or None if the bytes are not a certificate."""

@@ -27,7 +27,14 @@ BAR_HEAD, BAR_ROW, BAR_LEFT, BAR_RIGHT = 28, 15, 4, 264
 """Height of an exchange's name and of each bar below it, and the horizontal room of the bars."""
 
 LAYERS: dict[str, tuple[str, ...]] = {
-    "guarantee": ("noise-on", "budget-kept", "statements-agree", "ledger-forward"),
+    "guarantee": (
+        "noise-on",
+        "noise-shares",
+        "budget-kept",
+        "evaluations-planned",
+        "statements-agree",
+        "ledger-forward",
+    ),
     "mechanism": (
         "noise-conformance",
         "lower-bounds",
@@ -37,6 +44,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "openings-agree",
         "model-countersigned",
         "encryption-strength",
+        "update-size",
     ),
     "received": ("received-content", "no-server-key"),
     "keys": ("tls", "certificates"),

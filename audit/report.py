@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import os
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from jsonschema import Draft202012Validator
 
 from audit import render
+from audit.claims import claim, close, estimate, promise, spent_epsilon
 from audit.evidence import (
-    OwnerEvidence,
     RunEvidence,
     flatten,
     parse_time,
@@ -33,24 +32,20 @@ from audit.evidence import (
 from audit.verdict import checks, verdict
 from crypto.certificates import fingerprint
 from crypto.signing import sign_bytes, verify_bytes
-from protocol.accounting import epsilon_after
 from protocol.encoding import encode
 from protocol.errors import EncodingInvalid, PlanInvalid, ReportInvalid, SignatureInvalid
-from protocol.messages import Statement
 from protocol.plan import Plan
 
 SCHEMA_ID = "fedseal/report/1"
 SIGNATURE_KIND = "report"
 MAX_REPORT_BYTES = 64 * 1024 * 1024
 
-RELATIVE_TOLERANCE = 1e-6
-"""Recomputed numbers may differ this much: mathematical libraries round the last digits differently."""
-
 CURVE_POINTS = 12
 """Most rounds at which the curve of spent epsilon is evaluated; accounting takes time."""
 
 _SCHEMA_PATH = Path(__file__).parent / "schema" / "report-1.json"
 _SAME = ("encryption", "owners", "transcript", "refusals", "keys", "certificates", "tls")
+_RECOMPUTED = ("agreeing_openings", "estimate")
 _SUBJECT = (
     "run",
     "name",
@@ -91,10 +86,10 @@ def build_report(
         "generated_at": now.astimezone(UTC).isoformat(timespec="seconds"),
         "subject": _subject(evidence, plan),
         "plan": flatten(plan.fields()),
-        "promise": _promise(plan),
-        "claims": [_claim(evidence, owner, plan) for owner in evidence.owners],
+        "promise": promise(plan),
+        "claims": [claim(evidence, owner, plan) for owner in evidence.owners],
         "spending": _spending(plan, evidence.rounds_finished),
-        "rounds": _rounds(evidence),
+        "rounds": _rounds(evidence, plan),
         "server": {"has_secret_key": evidence.server_has_secret_key, "listening": fields["listening"]},
         "deployment": None if evidence.deployment is None else flatten(evidence.deployment),
         "environment": fields["environment"] | {"packages": _packages(evidence)},
@@ -181,108 +176,22 @@ def _subject(evidence: RunEvidence, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _promise(plan: Plan) -> dict[str, Any]:
-    privacy = plan.privacy
-    return {
-        "unit": privacy.unit,
-        "adjacency": "add/remove",
-        "noise": privacy.noise,
-        "epsilon": _loss(privacy.target_epsilon),
-        "delta": privacy.delta,
-        "noise_multiplier": privacy.noise_multiplier,
-        "max_grad_norm": privacy.max_grad_norm,
-        "sample_rate": privacy.sample_rate,
-        "expected_batch_size": privacy.expected_batch_size,
-        "local_steps": plan.training.local_steps,
-        "rounds": plan.run.rounds,
-        "cohort_minimum": plan.cohort.minimum,
-        "cohort_maximum": plan.cohort.maximum,
-        "quorum": plan.encryption.quorum,
-    }
-
-
-def _loss(epsilon: float | None) -> float | Literal["inf"]:
-    """Return a privacy loss as the report spells it: JSON has no infinity."""
-    return "inf" if epsilon is None or math.isinf(epsilon) else float(epsilon)
-
-
-def _spent(plan: Plan, rounds: int) -> float | Literal["inf"]:
-    return 0.0 if rounds == 0 else _loss(epsilon_after(plan, rounds))
-
-
-def _delta(plan: Plan) -> float:
-    return 0.0 if plan.privacy.noise == "none" else plan.privacy.delta
-
-
 def _spending(plan: Plan, rounds: int) -> list[dict[str, Any]]:
     """Return the loss of an owner that took part in every finished round, at up to `CURVE_POINTS`."""
     steps = min(rounds, CURVE_POINTS)
     points = sorted({0} | {round(rounds * (i + 1) / steps) for i in range(steps)})
-    return [{"round": point, "epsilon": _spent(plan, point)} for point in points]
+    return [{"round": point, "epsilon": spent_epsilon(plan, point)} for point in points]
 
 
-def _claim(evidence: RunEvidence, owner: OwnerEvidence, plan: Plan) -> dict[str, Any]:
-    statement = owner.verified_statement()
-    sealed = _sealed(evidence, owner, statement)
-    spent = {"epsilon": _spent(plan, sealed), "delta": _delta(plan) if sealed else 0.0}
-    claimed = owner.claimed
-    return {
-        "owner": owner.name,
-        "fingerprint": owner.fingerprint,
-        "unit": claimed.unit,
-        "adjacency": claimed.adjacency,
-        "promised": {"epsilon": _loss(claimed.epsilon), "delta": claimed.delta},
-        "promise_matches_plan": (claimed.unit, claimed.epsilon, claimed.delta)
-        == (plan.privacy.unit, plan.privacy.target_epsilon, plan.privacy.delta),
-        "spent": spent,
-        "stated": None
-        if statement is None
-        else {"epsilon": _loss(statement.epsilon), "delta": statement.delta},
-        "sealed_attempts": sealed,
-        "certificate_matches": owner.public_key() is not None,
-        "certificate_covers_run": owner.certificate_covers(
-            parse_time(evidence.started_at), parse_time(evidence.finished_at)
-        ),
-        "statement": "missing" if owner.statement is None else "valid" if statement else "invalid",
-        "disagreements": [] if statement is None else _disagreements(evidence, statement, plan, sealed),
-        "model_signed": statement is not None and statement.model_hash == evidence.model_hash,
-        "ledger_went_back": owner.ledger_went_back(),
-    }
-
-
-def _sealed(evidence: RunEvidence, owner: OwnerEvidence, statement: Statement | None) -> int:
-    """Return for how many attempts an owner pays: what the coordinator saw, or more if it says more.
-
-    An owner whose sealed update was lost on the way has spent what the coordinator never saw.
-    """
-    stated = statement.sealed_attempts if statement else 0
-    return max(owner.sealed_attempts, stated if stated <= evidence.attempts_used else 0)
-
-
-def _disagreements(evidence: RunEvidence, statement: Statement, plan: Plan, sealed: int) -> list[str]:
-    """Name the fields in which a truly signed statement differs from what the report computes.
-
-    Epsilon may be above the recomputed one, because an attempt that a crash interrupted counts as spent
-    in the owner's ledger; it is never above that of all attempts, and never below.
-    """
-    stated, least = float(_loss(statement.epsilon)), float(_spent(plan, sealed))
-    most = float(_spent(plan, evidence.attempts_used))
-    pairs = {
-        "session": statement.session == evidence.session,
-        "plan_hash": statement.plan_hash == evidence.plan_hash,
-        "unit": statement.unit == plan.privacy.unit,
-        "epsilon": _close(stated, least) or least < stated <= most or _close(stated, most),
-        "delta": statement.delta == _delta(plan) or (sealed == 0 and statement.delta == 0.0),
-        "sealed_attempts": statement.sealed_attempts == sealed,
-    }
-    return [name for name, agrees in pairs.items() if not agrees]
-
-
-def _rounds(evidence: RunEvidence) -> list[dict[str, Any]]:
+def _rounds(evidence: RunEvidence, plan: Plan) -> list[dict[str, Any]]:
     known = {owner.fingerprint: owner.public_key() for owner in evidence.owners}
     keys = {name: key for name, key in known.items() if key is not None}
     return [
-        entry.fields() | {"agreeing_openings": entry.agreeing_openings(evidence.session, keys)}
+        entry.fields()
+        | {
+            "agreeing_openings": entry.agreeing_openings(evidence.session, keys),
+            "estimate": estimate(plan, entry),
+        }
         for entry in evidence.rounds
     ]
 
@@ -299,6 +208,8 @@ def _check_counts(evidence: RunEvidence, plan: Plan) -> None:
     ]
     if max(counts) > plan.max_attempts:
         raise ReportInvalid("the evidence counts more attempts than the plan allows")
+    if max((owner.sealed_evaluations for owner in evidence.owners), default=0) > plan.paid_evaluations:
+        raise ReportInvalid("the evidence counts more evaluations than the plan allows")
 
 
 def _packages(evidence: RunEvidence) -> list[dict[str, str]]:
@@ -316,7 +227,7 @@ def _evidence_of(report: dict[str, Any]) -> RunEvidence:
         | {
             "plan": unflatten(report["plan"]),
             "rounds": [
-                {name: value for name, value in entry.items() if name != "agreeing_openings"}
+                {name: value for name, value in entry.items() if name not in _RECOMPUTED}
                 for entry in report["rounds"]
             ],
             "server_has_secret_key": report["server"]["has_secret_key"],
@@ -380,12 +291,6 @@ def _check_signature(report: dict[str, Any], public_key: Ed25519PublicKey | None
         raise ReportInvalid("the report is signed by somebody else")
 
 
-def _close(first: Any, second: Any) -> bool:
-    if isinstance(first, float | int) and isinstance(second, float | int):
-        return math.isclose(first, second, rel_tol=RELATIVE_TOLERANCE)
-    return bool(first == second)
-
-
 def _first_difference(first: Any, second: Any, pointer: str) -> str | None:
     """Return the JSON pointer of the first place where two JSON values differ, or None."""
     if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
@@ -393,6 +298,6 @@ def _first_difference(first: Any, second: Any, pointer: str) -> str | None:
     elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
         places = [(a, b, f"{pointer}/{i}") for i, (a, b) in enumerate(zip(first, second, strict=True))]
     else:
-        same = type(first) is type(second) and _close(first, second)
+        same = type(first) is type(second) and close(first, second)
         return None if same else pointer or "/"
     return next((found for place in places if (found := _first_difference(*place))), None)

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, Literal
 
-Report = dict[str, Any]
-Check = dict[str, str]
+from audit import privacy_checks
+from audit.check import Check, Report, names, result
+from crypto.presets import broken_byte_promise
+
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 EXIT_CODES: dict[str, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}
@@ -26,6 +28,7 @@ ERROR_CODE_LIMIT_BYTES = 4096
 """A longer message cannot be called an error code: it could carry data."""
 
 _RECEIVABLE = ("ciphertext frames", "signed metadata", "opened sums", "error code")
+_FORMS = {"packed": "packed without gaps", "seal": "in SEAL's own form"}
 _ONLY_UNDER = {"ciphertext frames": "train.seal", "opened sums": "query.open"}
 
 
@@ -66,35 +69,12 @@ def checks(report: Report) -> list[Check]:
     return [check(report) for check in _CHECKS]
 
 
-def _result(
-    identifier: str, title: str, evidence: str, *, failed: list[str], missing: list[str], limit: str
-) -> Check:
-    """Assemble one check: faults outweigh missing evidence, and a pass states what it does not prove."""
-    status, gap = ("fail", failed) if failed else ("missing", missing) if missing else ("pass", [limit])
-    return {
-        "id": identifier,
-        "title": title,
-        "status": status,
-        "evidence": evidence,
-        "gap": " ".join(gap),
-    }
-
-
-def _names(claims: Iterable[dict[str, Any]]) -> str:
-    return ", ".join(str(claim["owner"]) for claim in claims)
-
-
-def _finished(report: Report) -> list[dict[str, Any]]:
+def _opened(report: Report) -> list[dict[str, Any]]:
     return [entry for entry in report["rounds"] if not entry["void"]]
 
 
-def _largest(claim: dict[str, Any], part: str) -> float:
-    """Return the larger of the recomputed and the stated loss: an owner may have lost more, not less."""
-    return max(float(entry[part]) for entry in (claim["spent"], claim["stated"]) if entry is not None)
-
-
-def _words(epsilon: float) -> str:
-    return "no limit" if epsilon == float("inf") else f"{epsilon:.4g}"
+def _finished(report: Report) -> list[dict[str, Any]]:
+    return [entry for entry in _opened(report) if entry["purpose"] == "train"]
 
 
 def _run_complete(report: Report) -> Check:
@@ -104,7 +84,7 @@ def _run_complete(report: Report) -> Check:
     if counted != subject["rounds_finished"]:
         failed.append("The number of finished rounds differs from the rounds on record.")
     missing = [] if subject["state"] == "finished" and counted == planned else ["The run has not ended."]
-    return _result(
+    return result(
         "run-complete",
         "All planned rounds were finished",
         f"{counted} of {planned} rounds finished, in {subject['attempts_used']} attempts.",
@@ -121,7 +101,7 @@ def _plan_binding(report: Report) -> Check:
         failed.append("The plan printed here is not the one that the run used.")
     if subject["initial_model_hash"] != subject["initial_model_hash_planned"]:
         failed.append("The run did not start from the model that the plan names.")
-    return _result(
+    return result(
         "plan-binding",
         "The plan printed here is the plan that was run",
         "The plan's hash was computed again. The first model's hash was compared with the plan.",
@@ -131,80 +111,13 @@ def _plan_binding(report: Report) -> Check:
     )
 
 
-def _noise_on(report: Report) -> Check:
-    promise = report["promise"]
-    on = promise["noise"] != "none"
-    return _result(
-        "noise-on",
-        "Privacy noise protects every record",
-        f"Noise: {promise['noise']}. Noise multiplier: {promise['noise_multiplier']}."
-        if on
-        else "The plan says: noise = none.",
-        failed=[] if on else ["The run added no noise. There is no privacy guarantee."],
-        missing=[],
-        limit="This is what the plan orders. Whether the noise was really drawn is a separate check.",
-    )
-
-
-def _budget_kept(report: Report) -> Check:
-    claims = report["claims"]
-    over = [c for c in claims if _largest(c, "epsilon") > float(c["promised"]["epsilon"])]
-    over += [c for c in claims if _largest(c, "delta") > c["promised"]["delta"] and c not in over]
-    unbounded = [c for c in claims if c["spent"]["epsilon"] == "inf"]
-    differs = [c for c in claims if not c["promise_matches_plan"]]
-    failed = [f"No limit on the privacy loss of: {_names(unbounded)}."] if unbounded else []
-    failed += [f"More was spent than promised for: {_names(over)}."] if over else []
-    failed += [f"The recorded promise is not the plan's for: {_names(differs)}."] if differs else []
-    worst = max((_largest(c, "epsilon") for c in claims), default=0.0)
-    return _result(
-        "budget-kept",
-        "No owner's privacy loss went above its promise",
-        f"Recomputed from the plan. Largest epsilon spent: {_words(worst)}. "
-        f"Promised: {_words(float(report['promise']['epsilon']))}.",
-        failed=failed,
-        missing=[] if claims else ["The run has no owner on record."],
-        limit="Covers this run. What the same people lost in other runs stands in each owner's ledger.",
-    )
-
-
-def _statements_agree(report: Report) -> Check:
-    claims = report["claims"]
-    forged = [c for c in claims if c["statement"] == "invalid" or not c["certificate_matches"]]
-    wrong = [c for c in claims if c["disagreements"] and c not in forged]
-    absent = [c for c in claims if c["statement"] == "missing"]
-    failed = [f"The signature does not verify for: {_names(forged)}."] if forged else []
-    failed += [f"{c['owner']} signed something else in: {', '.join(c['disagreements'])}." for c in wrong]
-    missing = [f"No signed statement from: {_names(absent)}."] if absent else []
-    return _result(
-        "statements-agree",
-        "Every owner signed what it spent, and the figure is right",
-        f"{len(claims) - len(absent)} of {len(claims)} owners signed. "
-        "Signatures and figures were computed again.",
-        failed=failed,
-        missing=missing if claims else ["The run has no owner on record."],
-        limit="An owner could still have added too little noise on its own machine.",
-    )
-
-
-def _ledger_forward(report: Report) -> Check:
-    back = [claim for claim in report["claims"] if claim["ledger_went_back"]]
-    return _result(
-        "ledger-forward",
-        "No owner's privacy ledger went back",
-        "The signed ledger heads at the start and at the end of the run were compared.",
-        failed=[f"The ledger went back or was rewritten for: {_names(back)}."] if back else [],
-        missing=[],
-        limit="A ledger that was reset before this run is seen only by peers who know its older head.",
-    )
-
-
 def _openings_agree(report: Report) -> Check:
-    rounds, quorum = _finished(report), report["promise"]["quorum"]
+    rounds, quorum = _opened(report), report["promise"]["quorum"]
     weak = [str(r["round"]) for r in rounds if r["agreeing_openings"] < quorum]
-    return _result(
+    return result(
         "openings-agree",
         "In each round enough owners signed the same sum",
-        f"{len(rounds)} rounds. At least {quorum} valid, equal signatures are needed in each.",
+        f"{len(rounds)} sums. At least {quorum} valid, equal signatures are needed in each.",
         failed=[f"Too few valid, equal signatures in round {', '.join(weak)}."] if weak else [],
         missing=[] if rounds else ["No round was finished."],
         limit="Owners who agree to sign a wrong sum are not detected.",
@@ -212,7 +125,7 @@ def _openings_agree(report: Report) -> Check:
 
 
 def _cohort_size(report: Report) -> Check:
-    rounds, minimum = _finished(report), report["promise"]["cohort_minimum"]
+    rounds, minimum = _opened(report), report["promise"]["cohort_minimum"]
     sizes = [len(set(entry["contributors"])) for entry in rounds]
     small = [str(r["round"]) for r, size in zip(rounds, sizes, strict=True) if size < minimum]
     known = {claim["fingerprint"] for claim in report["claims"]}
@@ -220,7 +133,7 @@ def _cohort_size(report: Report) -> Check:
     failed = [f"Too few owners in round {', '.join(small)}."] if small else []
     failed += [f"Unknown owners in round {', '.join(strangers)}."] if strangers else []
     limit = "" if minimum >= 3 else "Fewer than three owners: each can work out the other's update."
-    return _result(
+    return result(
         "cohort-size",
         "Each sum hides one owner among enough others",
         f"At least {minimum} owners are needed. Smallest round: {min(sizes, default=0)}.",
@@ -234,19 +147,19 @@ def _model_countersigned(report: Report) -> Check:
     claims = report["claims"]
     absent = [c for c in claims if c["statement"] == "missing"]
     other = [c for c in claims if c["statement"] != "missing" and not c["model_signed"]]
-    return _result(
+    return result(
         "model-countersigned",
         "Every owner signed the same final model",
         f"{sum(c['model_signed'] for c in claims)} of {len(claims)} owners signed this model's hash.",
-        failed=[f"Another model, or an invalid signature, from: {_names(other)}."] if other else [],
-        missing=[f"No signed statement from: {_names(absent)}."] if absent or not claims else [],
+        failed=[f"Another model, or an invalid signature, from: {names(other)}."] if other else [],
+        missing=[f"No signed statement from: {names(absent)}."] if absent or not claims else [],
         limit="The signature says which model came out. It does not say that the model is good.",
     )
 
 
 def _no_server_key(report: Report) -> Check:
     held = report["server"]["has_secret_key"]
-    return _result(
+    return result(
         "no-server-key",
         "The coordinator could not decrypt",
         "The coordinator's process was searched for decryption keys and for the code that uses them.",
@@ -269,7 +182,7 @@ def _received_content(report: Report) -> Check:
             failed.append(f"An error under {kind} was too long to be only a code.")
     total = sum(entry["total_bytes"] for entry in received)
     count = sum(entry["count"] for entry in received)
-    return _result(
+    return result(
         "received-content",
         "The coordinator received only encrypted updates, opened sums and signed notes",
         f"{count} messages, {total} bytes, sorted by what the coordinator's parser made of them.",
@@ -286,7 +199,7 @@ def _encryption_strength(report: Report) -> Check:
         failed.append(f"{bits} bit is below {MINIMUM_SECURITY_BITS} bit.")
     if not encryption["exact"]:
         failed.append("Decryption returns approximate numbers, which can leak the key.")
-    return _result(
+    return result(
         "encryption-strength",
         "The encryption is strong and exact",
         f"{encryption['scheme']}, preset {encryption['preset']}, {bits} bit.",
@@ -296,13 +209,28 @@ def _encryption_strength(report: Report) -> Check:
     )
 
 
+def _update_size(report: Report) -> Check:
+    encryption = report["encryption"]
+    size, form = encryption["frame_bytes"], _FORMS[encryption["frames"]]
+    each = (size or 0) / max(1, encryption["values_per_frame"])
+    broken = broken_byte_promise(encryption["preset"], each)
+    return result(
+        "update-size",
+        "An encrypted update is as small as promised",
+        f"Frames {form}, {each:.2f} bytes per value." if size else f"Frames {form}.",
+        failed=[f"{broken}. Frames are {form}."] if broken else [],
+        missing=[] if size else ["No frame was sent."],
+        limit="For models of many frames; a small model pays for whole frames.",
+    )
+
+
 def _tls(report: Report) -> Check:
     tls, failed = report["tls"], []
     if tls["version"] != "TLSv1.3":
         failed.append("The connection is not protected by TLS 1.3.")
     if not tls["client_certificate_required"]:
         failed.append("Owners can connect without a certificate.")
-    return _result(
+    return result(
         "tls",
         "All connections use TLS 1.3, and both sides show a certificate",
         f"{tls['version']}, client certificate "
@@ -325,7 +253,7 @@ def _certificates(report: Report) -> Check:
     failed = [f"Not valid during the whole run: {', '.join(outside)}."] if outside else []
     if end < start:
         failed.append("The run ended before it started.")
-    return _result(
+    return result(
         "certificates",
         "All certificates were valid during the run",
         f"{len(listed)} certificates and {len(report['claims'])} signing keys were compared with the "
@@ -337,7 +265,7 @@ def _certificates(report: Report) -> Check:
 
 
 def _noise_conformance(_: Report) -> Check:
-    return _result(
+    return result(
         "noise-conformance",
         "The noise that was drawn is the noise that was promised",
         "None.",
@@ -348,7 +276,7 @@ def _noise_conformance(_: Report) -> Check:
 
 
 def _lower_bounds(_: Report) -> Check:
-    return _result(
+    return result(
         "lower-bounds",
         "Attacks on the model find no more than was promised",
         "None.",
@@ -359,16 +287,19 @@ def _lower_bounds(_: Report) -> Check:
 
 
 _CHECKS: tuple[Callable[[Report], Check], ...] = (
-    _noise_on,
-    _budget_kept,
-    _statements_agree,
-    _ledger_forward,
+    privacy_checks.noise_on,
+    privacy_checks.noise_shares,
+    privacy_checks.budget_kept,
+    privacy_checks.evaluations_planned,
+    privacy_checks.statements_agree,
+    privacy_checks.ledger_forward,
     _no_server_key,
     _received_content,
     _cohort_size,
     _openings_agree,
     _model_countersigned,
     _encryption_strength,
+    _update_size,
     _tls,
     _certificates,
     _plan_binding,

@@ -7,14 +7,15 @@ touches data, and no message of a coordinator can change the policy.
 from __future__ import annotations
 
 import tomllib
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from protocol.accounting import epsilon_after
 from protocol.encoding import Digest
 from protocol.errors import PolicyInvalid, PolicyRefused
-from protocol.plan import Name, Plan, Positive, first_problem
+from protocol.evaluation import planned_epsilon, planned_worst_epsilon, promised_loss
+from protocol.plan import Plan, first_problem
+from protocol.sections import Name, Positive
 
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
@@ -26,16 +27,23 @@ class Section(BaseModel):
 
 
 class Budget(Section):
-    """Caps on the privacy loss of one example of this dataset."""
+    """Caps on the privacy loss of one unit of this dataset; all runs on it must have the same unit."""
 
     epsilon_total: Positive = Field(description="Most epsilon over all runs, for ever.")
     epsilon_per_run: Positive = Field(description="Most epsilon of one run; at most `epsilon_total`.")
+    epsilon_worst: Positive | None = Field(
+        default=None,
+        description="Most epsilon over all runs if all other owners collude against this one; at least "
+        "`epsilon_total`. Needed for `plans.allow_distributed_noise`.",
+    )
     delta_total: Probability = Field(description="Most delta over all runs, for ever.")
 
     @model_validator(mode="after")
     def _order(self) -> Self:
         if self.epsilon_per_run > self.epsilon_total:
             raise ValueError("epsilon_per_run must not be above epsilon_total")
+        if self.epsilon_worst is not None and self.epsilon_worst < self.epsilon_total:
+            raise ValueError("epsilon_worst must not be below epsilon_total")
         return self
 
 
@@ -67,6 +75,22 @@ class AllowedPlans(Section):
         default=False,
         description="Accept plans with `encryption.preset = 'ckks'`, a compatibility scheme with weaker "
         "guarantees; see docs/encryption.md.",
+    )
+    allow_seal_frames: bool = Field(
+        default=False,
+        description="Accept plans with `encryption.frames = 'seal'`: bytes that other owners signed then "
+        "reach SEAL's parser; see docs/encryption.md.",
+    )
+    units: list[Literal["example", "client"]] = Field(
+        default=["example"],
+        min_length=1,
+        max_length=2,
+        description="Allowed values of a plan's `privacy.unit`.",
+    )
+    allow_distributed_noise: bool = Field(
+        default=False,
+        description="EXPERIMENTAL. Accept plans with `privacy.noise = 'distributed'`: the promised epsilon "
+        "then rests on other owners adding their noise; see docs/privacy.md.",
     )
     allow_no_privacy: bool = Field(
         default=False, description="Accept plans with `privacy.noise = 'none'`, which protect no record."
@@ -115,6 +139,12 @@ class Policy(Section):
     plans: AllowedPlans = Field(description="Plans that are allowed.")
     peers: Peers = Field(default=Peers(), description="Owners that this owner knows.")
 
+    @model_validator(mode="after")
+    def _worst(self) -> Self:
+        if self.plans.allow_distributed_noise and self.budget.epsilon_worst is None:
+            raise ValueError("plans.allow_distributed_noise needs budget.epsilon_worst")
+        return self
+
     @classmethod
     def from_toml(cls, text: str) -> Policy:
         """Parse and validate the text of a policy.toml.
@@ -150,12 +180,18 @@ def admit(policy: Policy, plan: Plan) -> None:
         raise PolicyRefused(f"plans.min_weight is {plans.min_weight:g}, a weight of the plan is below it")
     if plan.encryption.preset == "ckks" and not plans.allow_ckks:
         raise PolicyRefused("plans.allow_ckks is false, the plan's encryption.preset is 'ckks'")
+    if plan.encryption.frames == "seal" and not plans.allow_seal_frames:
+        raise PolicyRefused("plans.allow_seal_frames is false, the plan's encryption.frames is 'seal'")
     if plan.encryption.quorum < policy.peers.min_known_peers:
         raise PolicyRefused(
             f"peers.min_known_peers is {policy.peers.min_known_peers}, the plan's encryption.quorum is "
             f"{plan.encryption.quorum}: fewer owners could invent a sum"
         )
-    epsilon = epsilon_after(plan, plan.paid_rounds)
+    if plan.privacy.unit not in plans.units:
+        raise PolicyRefused(f"plans.units does not hold {plan.privacy.unit!r}")
+    if plan.privacy.noise == "distributed":
+        _admit_shares(policy, plan)
+    epsilon = planned_epsilon(plan)
     if epsilon is None:
         if not plans.allow_no_privacy:
             raise PolicyRefused("plans.allow_no_privacy is false, the plan's privacy.noise is 'none'")
@@ -164,7 +200,26 @@ def admit(policy: Policy, plan: Plan) -> None:
         raise PolicyRefused(
             f"budget.epsilon_per_run is {budget.epsilon_per_run:g}, the plan's epsilon is {epsilon:.4f}"
         )
-    if plan.privacy.delta > budget.delta_total:
+    _, delta = promised_loss(plan)
+    if delta > budget.delta_total:
+        raise PolicyRefused(f"budget.delta_total is {budget.delta_total:g}, the plan's delta is {delta:g}")
+
+
+def _admit_shares(policy: Policy, plan: Plan) -> None:
+    """Check what distributed noise rests on: consent, known peers, and the loss if all others collude."""
+    if not policy.plans.allow_distributed_noise:
         raise PolicyRefused(
-            f"budget.delta_total is {budget.delta_total:g}, the plan's delta is {plan.privacy.delta:g}"
+            "plans.allow_distributed_noise is false, the plan's privacy.noise is 'distributed'"
+        )
+    colluders, known = plan.privacy.tolerated_colluders, policy.peers.min_known_peers
+    if known < colluders + 1:
+        raise PolicyRefused(
+            f"peers.min_known_peers is {known}, the plan's privacy.tolerated_colluders is {colluders}: at "
+            "least one more must be known"
+        )
+    worst, cap = planned_worst_epsilon(plan), policy.budget.epsilon_worst
+    if worst is None or cap is None or not worst <= cap:
+        raise PolicyRefused(
+            f"budget.epsilon_worst is {cap or 0.0:g}, the plan's epsilon is {worst or 0.0:.4f} if all "
+            "others collude"
         )

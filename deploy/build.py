@@ -33,10 +33,8 @@ from deploy.measure import (
     torch_accuracy,
 )
 from deploy.package import (
-    PLAN_CONSTANTS,
     SUFFIX,
     PackageParts,
-    PrivacyStatement,
     load_session,
     refuse_existing,
     verify_package,
@@ -44,9 +42,11 @@ from deploy.package import (
 )
 from deploy.prune import PruneOutcome, prune_within, within
 from deploy.quantize import quantize
+from deploy.statement import PLAN_CONSTANTS, PrivacyStatement
 from protocol.encoding import digest_bytes
 from protocol.errors import CompressionRefused, PackageInvalid, PackageNotWritten
-from protocol.plan import CompressionSection, Plan
+from protocol.plan import Plan
+from protocol.sections import CompressionSection
 from tasks.registry import task_for
 
 PUBLIC_DATA_USE = (

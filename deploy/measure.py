@@ -20,7 +20,7 @@ from torch import nn
 from protocol.encoding import Digest
 from protocol.errors import CompressionRefused
 from protocol.messages import Message
-from protocol.plan import Positive
+from protocol.sections import Positive
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]

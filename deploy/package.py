@@ -17,18 +17,20 @@ import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import onnxruntime as ort
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from crypto.certificates import fingerprint
 from crypto.signing import sign_bytes, verify_bytes
 from deploy.export import require_self_contained
 from deploy.measure import Bytes, CompressionRecord, open_session
+from deploy.statement import PrivacyStatement
+from protocol.claims import UNITS
 from protocol.encoding import Digest, decode, digest_bytes, encode
 from protocol.errors import (
     CompressionRefused,
@@ -38,7 +40,7 @@ from protocol.errors import (
     SignatureInvalid,
 )
 from protocol.messages import Message
-from protocol.plan import Name, Plan, Positive
+from protocol.sections import Name
 
 SUFFIX = ".fedseal"
 SIGNATURE_KIND = "package"
@@ -54,68 +56,6 @@ LISTED_LIBRARIES = (
     *("flwr", "torch", "opacus", "tenseal", "cryptography", "dp-accounting", "numpy", "pydantic"),
     *("onnx", "onnxruntime", "onnxscript", "onnx-ir", "torch-pruning", "safetensors"),
 )
-
-PLAN_CONSTANTS = ("unit", "noise", "noise_multiplier", "max_grad_norm", "sample_rate")
-"""Fields that a statement takes from the plan's privacy section as they are."""
-
-
-class PrivacyStatement(Message):
-    """What the trained model reveals about one record, and under which constants.
-
-    `epsilon` and `delta` are the largest over all owners. What follows training sees no private data and
-    so adds nothing (post-processing: Dwork & Roth 2014, proposition 2.1).
-    """
-
-    unit: Literal["example"]
-    adjacency: Literal["add/remove"]
-    noise: Literal["local", "none"]
-    epsilon: Positive | None
-    delta: Annotated[float, Field(gt=0, lt=1)] | None
-    accountant: str | None
-    noise_multiplier: Positive | None
-    max_grad_norm: Positive
-    sample_rate: Annotated[float, Field(gt=0, le=1)]
-    rounds: Annotated[int, Field(ge=1)]
-    local_steps: Annotated[int, Field(ge=1)]
-    statement: Annotated[str, Field(min_length=1, max_length=4000)]
-    private_data_after_training: Literal["nothing"]
-
-    @model_validator(mode="after")
-    def _noise_and_loss_agree(self) -> Self:
-        loss = (self.epsilon, self.delta, self.accountant, self.noise_multiplier)
-        if any((value is None) != (self.noise == "none") for value in loss):
-            raise ValueError("epsilon, delta, accountant and noise_multiplier stand exactly with noise")
-        return self
-
-    @classmethod
-    def for_plan(
-        cls, plan: Plan, epsilon: float | None, delta: float | None, accountant: str | None
-    ) -> PrivacyStatement:
-        """Make the statement of a finished run.
-
-        Args:
-            plan: The resolved plan of the run. Without noise, the other three are None.
-            epsilon: Largest privacy loss over all owners.
-            delta: The delta that belongs to it.
-            accountant: How the loss was computed, for example ``PLD``.
-
-        Raises:
-            EncodingInvalid: A loss is given without noise, or missing with noise.
-        """
-        constants = {name: getattr(plan.privacy, name) for name in PLAN_CONSTANTS}
-        return cls.from_fields(
-            {
-                **constants,
-                "adjacency": "add/remove",
-                "epsilon": epsilon,
-                "delta": delta,
-                "accountant": accountant,
-                "rounds": plan.run.rounds,
-                "local_steps": plan.training.local_steps,
-                "statement": _in_words(epsilon, delta),
-                "private_data_after_training": "nothing",
-            }
-        )
 
 
 class FileEntry(Message):
@@ -336,18 +276,6 @@ def _library_versions() -> dict[str, Any]:
     return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": components}
 
 
-def _in_words(epsilon: float | None, delta: float | None) -> str:
-    if epsilon is None or delta is None:
-        return "This model was trained WITHOUT differential privacy: what it reveals has no bound."
-    return (
-        f"Adding or removing one record of one owner changes the probability of any result of training by "
-        f"at most a factor of e^{epsilon:.4g}, except with probability {delta:.3g}. This is the owner with "
-        f"the largest loss; all others lose no more. Every owner added all of its noise itself, so the "
-        f"bound does not rest on the other owners or on the coordinator. A person with several records, or "
-        f"with records at several owners, is exposed once for each of them."
-    )
-
-
 def _card(parts: PackageParts) -> str:
     """Write the model card from the records of the package; nothing in it is typed in by hand."""
     privacy, record = parts.privacy, parts.compression
@@ -355,6 +283,7 @@ def _card(parts: PackageParts) -> str:
     loss = (
         "none" if privacy.epsilon is None else f"epsilon {privacy.epsilon:.4g}, delta {privacy.delta:.3g}"
     )
+    worst = "none" if privacy.epsilon_worst is None else f"epsilon {privacy.epsilon_worst:.4g}"
     return f"""# {parts.name}
 
 ## Privacy
@@ -364,9 +293,12 @@ def _card(parts: PackageParts) -> str:
 | | |
 |---|---|
 | guarantee | {loss} |
-| unit, adjacency | one {privacy.unit} of one owner, {privacy.adjacency} |
+| if all other owners collude | {worst} |
+| it rests on | {privacy.assumption} |
+| unit, adjacency | {privacy.unit}: {UNITS[privacy.unit]}, {privacy.adjacency} |
 | noise, accountant | {privacy.noise}, {privacy.accountant or "none"} |
-| noise multiplier, clipping norm | {privacy.noise_multiplier or "none"}, {privacy.max_grad_norm} |
+| noise multiplier | {privacy.noise_multiplier or "none"} |
+| clipping norm | {privacy.max_update_norm or privacy.max_grad_norm} |
 | sample rate | {privacy.sample_rate} |
 | rounds, local steps per round | {privacy.rounds}, {privacy.local_steps} |
 | private data used after training | {privacy.private_data_after_training} |
@@ -392,7 +324,7 @@ A ratio is before divided by after.
 
 ## Limits
 
-The guarantee covers single records, not facts that hold for the population as a whole. The signature
+The guarantee covers the named unit, not facts that hold for the population as a whole. The signature
 shows any change to the model or to this card; it does not keep the model secret from who holds it.
 
 Plan: `{record.plan_sha256}`

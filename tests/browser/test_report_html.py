@@ -196,7 +196,7 @@ def test_page_has_landmarks_captions_and_text_for_charts(tab: Tab, pages: dict[s
 def test_first_screen_holds_the_verdict_and_every_check(tab: Tab, pages: dict[str, Path]) -> None:
     tab.open(pages["plain"])
     assert tab.value("document.querySelector('#verdict').textContent") == "INCONCLUSIVE"
-    assert tab.value("document.querySelectorAll('.lines li').length") == 16
+    assert tab.value("document.querySelectorAll('.lines li').length") == 19
     assert tab.value("document.querySelector('.lines').getBoundingClientRect().bottom") <= 900
     assert "not part of this version" in tab.value("document.querySelector('#reasons').innerText")
 

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from audit.evidence import RunEvidence
 from crypto.certificates import OwnerCredentials, create_authority, describe, fingerprint
 from crypto.signing import sign
-from protocol.accounting import calibrate, epsilon_after
+from protocol.accounting import calibrate, epsilon_after, worst_epsilon_after
+from protocol.claims import planned_worst
 from protocol.messages import LedgerHead, Opening, Statement
 from protocol.plan import Plan
 
@@ -95,6 +96,7 @@ def _round(number: int, attempt: int, names: list[str], void: bool = False) -> d
         if void
         else [sign(owner.signing_key, body).model_dump(mode="json") for owner in members[:3]],
         "accuracy": None if void else round(0.71 + 0.18 * (1 - 0.72**number), 4),
+        "sums": None,
         "seconds": {"fit": 61.2 + number, "seal": 4.1, "open": 0.0 if void else 6.4},
         "upload_bytes": 1_402_112,
         "download_bytes": 4_310_016,
@@ -110,8 +112,12 @@ def statement_body(run_plan: Plan, sealed: int, owner: str, **changes: Any) -> S
         "model_hash": sha("final model"),
         "unit": "example",
         "epsilon": epsilon_after(run_plan, sealed),
+        "epsilon_worst": worst_epsilon_after(run_plan, sealed),
         "delta": run_plan.privacy.delta if run_plan.privacy.noise == "local" else 0.0,
+        "evaluation_epsilon": 0.0,
+        "evaluation_delta": 0.0,
         "sealed_attempts": sealed,
+        "sealed_evaluations": 0,
         "void_attempts": 0,
         "ledger": LedgerHead(sequence=9 + 2 * sealed, head=sha(f"last {owner}")),
     }
@@ -129,12 +135,14 @@ def _owner(run_plan: Plan, name: str, sealed: int) -> dict[str, Any]:
             "unit": "example",
             "adjacency": "add/remove",
             "epsilon": run_plan.privacy.target_epsilon,
+            "epsilon_worst": planned_worst(run_plan),
             "delta": run_plan.privacy.delta,
         },
         "statement": statement.model_dump(mode="json"),
         "ledger_first": {"sequence": 7, "head": sha(f"first {name}")},
         "ledger_last": {"sequence": 9 + 2 * sealed, "head": sha(f"last {name}")},
         "sealed_attempts": sealed,
+        "sealed_evaluations": 0,
     }
 
 
@@ -205,6 +213,9 @@ def evidence_fields(noise: str = "local", rounds: int = 8) -> dict[str, Any]:
             "plain_modulus_bits": 40,
             "security_level_bits": 128,
             "exact": True,
+            "frames": "packed",
+            "frame_bytes": 28736,
+            "values_per_frame": 8184,
         },
         "rounds": attempts,
         "owners": [_owner(run_plan, name, sealed[name]) for name in OWNERS],

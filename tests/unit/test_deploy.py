@@ -20,7 +20,7 @@ from deploy.measure import accuracy, checkpoint_bytes, open_session, run_session
 from deploy.prune import RIDGE, count_parameters, prune, prune_within, rebuild
 from deploy.quantize import quantize
 from protocol.errors import CompressionRefused
-from tasks.images import preprocess
+from tasks.inputs import unit_rows
 from tasks.partition import digits
 
 EXAMPLE = torch.zeros(1, 64)
@@ -36,13 +36,13 @@ def dense(*widths: int, seed: int = 0) -> nn.Sequential:
 
 def synthetic(count: int = 1024, seed: int = 0) -> np.ndarray:
     raw = np.random.default_rng(seed).uniform(0, 16, (count, 8, 8))
-    return preprocess(raw, 0, 16)
+    return unit_rows(raw, 0, 16)
 
 
 @pytest.fixture(scope="module")
 def data():
     (train,), (x, y) = digits(seed=0, owners=1)
-    return preprocess(train[0], 0, 16), train[1], preprocess(x, 0, 16), y
+    return unit_rows(train[0], 0, 16), train[1], unit_rows(x, 0, 16), y
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,8 @@ BROKEN: list[tuple[str, list[Any], Any]] = [
     ("model-countersigned", ["claims", 3, "model_signed"], False),
     ("encryption-strength", ["encryption", "security_level_bits"], 127),
     ("encryption-strength", ["encryption", "exact"], False),
+    ("update-size", ["encryption", "frame_bytes"], 32962),
+    ("update-size", ["encryption", "values_per_frame"], 7184),
     ("tls", ["tls", "version"], "TLSv1.2"),
     ("tls", ["tls", "client_certificate_required"], False),
     ("certificates", ["certificates", 1, "not_before"], "2026-03-02T08:31:00Z"),

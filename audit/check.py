@@ -1,0 +1,28 @@
+"""What one check of a report is, and how its result is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+Report = dict[str, Any]
+Check = dict[str, str]
+
+
+def result(
+    identifier: str, title: str, evidence: str, *, failed: list[str], missing: list[str], limit: str
+) -> Check:
+    """Assemble one check: faults outweigh missing evidence, and a pass states what it does not prove."""
+    status, gap = ("fail", failed) if failed else ("missing", missing) if missing else ("pass", [limit])
+    return {
+        "id": identifier,
+        "title": title,
+        "status": status,
+        "evidence": evidence,
+        "gap": " ".join(gap),
+    }
+
+
+def names(claims: Iterable[dict[str, Any]]) -> str:
+    """Return the owners of some claims for a sentence."""
+    return ", ".join(str(claim["owner"]) for claim in claims)
