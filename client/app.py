@@ -18,7 +18,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from client import joining, rounds
+from client import closing, joining, opening, rounds
 from client.owner import Owner, open_owner
 from client.state import Answer, Outcome, RunState
 from crypto.vault import read_passphrase
@@ -56,8 +56,8 @@ EXCHANGES = (
     Exchange("query.keys", KeysRequest, joining.keys),
     Exchange("train.fit", FitRequest, rounds.fit, with_blob=True),
     Exchange("train.seal", SealRequest, rounds.seal),
-    Exchange("query.open", OpenRequest, rounds.open_sum, with_blob=True),
-    Exchange("query.close", CloseRequest, rounds.close, with_blob=True),
+    Exchange("query.open", OpenRequest, opening.open_sum, with_blob=True),
+    Exchange("query.close", CloseRequest, closing.close, with_blob=True),
 )
 
 
@@ -132,7 +132,14 @@ def _state(owner: Owner, request: RequestMessage) -> RunState:
 
 def _store(owner: Owner, outcome: Outcome, digest: str, attempt: int) -> Answer:
     answer = Answer(outcome.reply.to_bytes(), outcome.blob)
-    owner.store.save(outcome.state, model=outcome.model, request=digest, attempt=attempt, answer=answer)
+    owner.store.save(
+        outcome.state,
+        model=outcome.model,
+        request=digest,
+        attempt=attempt,
+        answer=answer,
+        heads=outcome.heads,
+    )
     return answer
 
 

@@ -79,9 +79,8 @@ def _record_end(store: RunStore, error: FedsealError) -> None:
 
 def secret_modules() -> list[str]:
     """Return the modules of this process that could use a secret encryption key; it must be none."""
-    return sorted(
-        name for name in sys.modules if name in ("crypto.secret", "crypto.sealing", "client.rounds")
-    )
+    using = ("crypto.measuring", "crypto.secret", "crypto.sealing", "client.opening", "client.rounds")
+    return sorted(name for name in sys.modules if name in using)
 
 
 def open_run_folder(name: str) -> RunStore:

@@ -16,10 +16,11 @@ import numpy as np
 from crypto.agreement import signed_hash
 from crypto.frames import SealContext
 from crypto.packing import mean_update
-from crypto.presets import SEED_BYTES, Packing
+from crypto.presets import Packing
 from crypto.signing import verify
 from protocol.encoding import digest, digest_bytes
 from protocol.errors import FedsealError, FrameInvalid, ProtocolViolation, QuorumNotMet
+from protocol.evaluation import COUNTS, Estimate
 from protocol.messages import (
     FitReply,
     FitRequest,
@@ -27,6 +28,7 @@ from protocol.messages import (
     Opening,
     OpenReply,
     OpenRequest,
+    Purpose,
     Ready,
     SealReply,
     SealRequest,
@@ -34,7 +36,9 @@ from protocol.messages import (
 )
 from protocol.optimizers import GlobalModel, apply_update
 from protocol.plan import Plan
+from server.evaluation import federated_accuracy
 from server.exchange import Exchanger, Reply, Request
+from server.layout import frame_layout
 from server.session import Member, ServerSession
 from server.store import RunStore
 
@@ -45,8 +49,9 @@ class Attempt:
 
     Attributes:
         number: Attempt number.
-        round: Round that it tries to finish.
-        model_hash: The model that was trained from.
+        round: Round that it tries to finish, or whose model it evaluates.
+        model_hash: The model that was trained from or evaluated.
+        purpose: What the attempt is for.
         seconds: Wall time of each exchange.
         upload_bytes: Bytes that a contributor sent for its update: header and frames.
         download_bytes: Bytes that an opener received.
@@ -59,6 +64,7 @@ class Attempt:
     number: int
     round: int
     model_hash: str
+    purpose: Purpose = "train"
     seconds: dict[str, float] = field(default_factory=dict)
     upload_bytes: int = 0
     download_bytes: int = 0
@@ -92,37 +98,46 @@ class RoundRunner:
         self._plan = plan
         self._packing = packing
         self._session = session
-        self._context = SealContext(packing)
+        self._context = SealContext(packing, frame_layout(plan))
+        store.set("frame_bytes", self._context.frame_bytes)
         self._seeds: set[bytes] = set()
         self.steps: list[list[Signed]] = []
 
     def run(self, attempt: Attempt, model: GlobalModel) -> GlobalModel:
-        """Carry one attempt through and return the next model.
+        """Carry one training attempt through and return the next model.
 
         Raises:
             QuorumNotMet: Too few owners are ready, or too few opened.
             ProtocolViolation, FrameInvalid: An owner of the list did not seal as it must; the attempt
                 is void, because its masks do not cancel.
         """
-        started = time.monotonic()
-        self._fit(attempt)
-        attempt.seconds["fit"] = time.monotonic() - started
-        started = time.monotonic()
-        frames = self._seal(attempt, model.weights.size)
-        attempt.seconds["seal"] = time.monotonic() - started
-        started = time.monotonic()
-        self._open(attempt, frames, model.weights.size)
-        attempt.seconds["open"] = time.monotonic() - started
-        sums = np.frombuffer(attempt.sums, dtype="<u4").astype(np.uint64)
+        self._carry(attempt, model.weights.size)
         contributors = [signed.signer for signed in attempt.headers]
         mean = mean_update(
-            sums,
+            np.frombuffer(attempt.sums, dtype="<u4").astype(np.uint64),
             len(contributors),
             self._plan.update_range,
             self._packing,
             self._plan.total_weight(contributors),
         )
         return apply_update(model, mean, self._plan.server_optimizer)
+
+    def evaluate(self, attempt: Attempt) -> Estimate | None:
+        """Carry one evaluation through and return what its noised counts say; errors as in `run`."""
+        self._carry(attempt, COUNTS)
+        counts = np.frombuffer(attempt.sums, dtype="<u4").tolist()
+        return federated_accuracy(self._plan, counts, len(attempt.headers))
+
+    def _carry(self, attempt: Attempt, parameters: int) -> None:
+        started = time.monotonic()
+        self._fit(attempt)
+        attempt.seconds["fit"] = time.monotonic() - started
+        started = time.monotonic()
+        frames = self._seal(attempt, parameters)
+        attempt.seconds["seal"] = time.monotonic() - started
+        started = time.monotonic()
+        self._open(attempt, frames, parameters)
+        attempt.seconds["open"] = time.monotonic() - started
 
     # --- fit ---------------------------------------------------------------------------------------
 
@@ -132,12 +147,15 @@ class RoundRunner:
             raise QuorumNotMet(f"{len(invited)} owners are there")
         requests = {member.node: self.step_request(attempt, member) for member in invited}
         ready: dict[str, Signed] = {}
+        answered: set[str] = set()
         for reply in self._exchanger.ask("train.fit", requests, self._plan.deadlines.fit_s):
             member = self._session.by_node(reply.node)
+            answered.add(member.fingerprint)
             signed = self._checked(member, reply, partial(self._ready, attempt, member))
             if signed is not None:
                 ready[member.fingerprint] = signed
-        self._mark_absent(invited, ready.keys())
+        # whoever refuses an evaluation may still train
+        self._mark_absent(invited, ready.keys() if attempt.purpose == "train" else answered)
         if len(ready) < self._plan.cohort.minimum:
             raise QuorumNotMet(f"{len(ready)} owners are ready, {self._plan.cohort.minimum} are needed")
         attempt.ready = [ready[fingerprint] for fingerprint in sorted(ready)]
@@ -164,19 +182,21 @@ class RoundRunner:
         message = FitRequest(
             session=self._session.session,
             attempt=attempt.number,
+            purpose=attempt.purpose,
             round=attempt.round,
             model_hash=attempt.model_hash,
             steps=steps,
+            newest=member.ready,
         )
         return Request(message.to_bytes(), sums)
 
     def _ready(self, attempt: Attempt, member: Member, reply: Reply) -> Signed:
         answer = FitReply.from_bytes(reply.body)
         body = verify(answer.ready, member.public_key, Ready)
-        expected = (self._session.session, attempt.number, attempt.model_hash)
-        if (body.session, body.attempt, body.model_hash) != expected:
-            raise ProtocolViolation("a ready message is for another session, attempt or model")
-        member.last_head = body.ledger
+        expected = (self._session.session, attempt.number, attempt.purpose, attempt.model_hash)
+        if (body.session, body.attempt, body.purpose, body.model_hash) != expected:
+            raise ProtocolViolation("a ready message is for another session, attempt, purpose or model")
+        member.last_head, member.ready = body.ledger, answer.ready
         member.known_round = len(self.steps)
         return answer.ready
 
@@ -197,7 +217,7 @@ class RoundRunner:
             if signed is None:
                 continue
             sealed[member.fingerprint] = (signed, reply.blob)
-            member.sealed += 1
+            member.note_sealed(attempt.purpose)
             attempt.upload_bytes = len(reply.body) + len(reply.blob)
         self._mark_absent(listed, sealed.keys())
         if len(sealed) < len(listed):
@@ -213,7 +233,7 @@ class RoundRunner:
             version=1,
             session=self._session.session,
             attempt=attempt.number,
-            purpose="train",
+            purpose=attempt.purpose,
             preset_hash=self._packing.sha256(),
             list_hash=signed_hash(attempt.ready),
             model_hash=attempt.model_hash,
@@ -234,7 +254,7 @@ class RoundRunner:
         Raises:
             FrameInvalid: An owner's generator repeats itself, or frames were copied.
         """
-        seeds = {frame[:SEED_BYTES] for frame in frames}
+        seeds = {self._context.seed(frame) for frame in frames}
         if len(seeds) < len(frames) or seeds & self._seeds:
             self._store.event("repeated_seed", owner=member.name)
             raise FrameInvalid("a ciphertext seed occurred before")
@@ -296,17 +316,21 @@ class RoundRunner:
         expected = Opening(
             session=self._session.session,
             attempt=attempt.number,
-            purpose="train",
+            purpose=attempt.purpose,
             list_hash=signed_hash(attempt.ready),
             headers_hash=signed_hash(attempt.headers),
             model_hash=attempt.model_hash,
             contributors=len(attempt.headers),
-            total_weight=self._plan.total_weight([signed.signer for signed in attempt.headers]),
+            total_weight=self._total_weight(attempt),
             sums_hash=digest_bytes(reply.blob),
         )
         if body != expected or len(reply.blob) != 4 * parameters:
             raise ProtocolViolation("an opening is not for this attempt")
         return signed
+
+    def _total_weight(self, attempt: Attempt) -> float:
+        signers = [signed.signer for signed in attempt.headers]
+        return self._plan.total_weight(signers) if attempt.purpose == "train" else float(len(signers))
 
     # --- shared ------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from crypto.agreement import signed_hash, wrap_digests, wraps_hash
 from crypto.certificates import verify_signing_certificate
 from crypto.pki import Trust
-from crypto.signing import verify
+from crypto.signing import signed_head, verify
 from protocol.encoding import digest_bytes
 from protocol.errors import FedsealError, ProtocolViolation, QuorumNotMet
 from protocol.messages import (
@@ -24,9 +25,11 @@ from protocol.messages import (
     KeysReply,
     KeysRequest,
     LedgerHead,
+    Purpose,
     RosterReply,
     RosterRequest,
     Session,
+    Signed,
     Wraps,
 )
 from protocol.plan import Plan
@@ -49,12 +52,14 @@ class Member:
         joined: Its join as it was sent.
         first_head: Ledger head that it signed when it joined.
         last_head: Newest ledger head that it signed.
+        ready: Its newest ready message, which is returned to it to show it its own ledger head.
         known_round: Finished rounds that it has certainly applied.
         activated: Node activation in which it was last asked; it is skipped once it failed to answer,
             until it comes back.
         absent: Whether it failed to answer since that activation.
         excluded: Whether it signed a sum that a quorum contradicts; it takes no further part.
-        sealed: Attempts that it sealed.
+        sealed: Training attempts that it sealed.
+        sealed_evaluations: Evaluations that it sealed.
     """
 
     name: str
@@ -64,11 +69,20 @@ class Member:
     joined: JoinReply
     first_head: LedgerHead
     last_head: LedgerHead
+    ready: Signed | None = None
     known_round: int = 0
     activated: str = ""
     absent: bool = False
     excluded: bool = False
     sealed: int = 0
+    sealed_evaluations: int = 0
+
+    def note_sealed(self, purpose: Purpose) -> None:
+        """Count one more sealed attempt; each of them costs this owner privacy."""
+        if purpose == "train":
+            self.sealed += 1
+        else:
+            self.sealed_evaluations += 1
 
 
 @dataclass
@@ -227,6 +241,7 @@ class Joining:
                     wrap_digests=digests,
                     seeds={s: r.seeds[own] for s, r in replies.items() if own in r.seeds},
                     key=next((r.keys[own] for r in replies.values() if own in r.keys), None),
+                    heads=_returned_heads(member, replies.values()),
                 ).to_bytes()
             )
             for own, member in members.items()
@@ -256,6 +271,16 @@ class Joining:
             else:
                 self._store.refuse(node_digest(reply.node), kind, reply.code)
                 self._store.event("refused", exchange=kind, code=reply.code)
+
+
+def _returned_heads(member: Member, replies: Iterable[RosterReply]) -> list[Signed]:
+    """Return what peers hold of a member's messages, one per ledger head; only what it truly signed."""
+    found: dict[str, Signed] = {}
+    for signed in (reply.heads.get(member.fingerprint) for reply in replies):
+        if signed is not None:
+            with suppress(FedsealError):
+                found[signed_head(signed, member.public_key).head] = signed
+    return [found[head] for head in sorted(found)]
 
 
 def _check_wraps(answer: RosterReply, body: Wraps, roster_hash: str, peers: set[str]) -> None:

@@ -21,14 +21,15 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from protocol.errors import RunFailed
+from protocol.messages import Purpose
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS attempts (
-    attempt INTEGER PRIMARY KEY, round INTEGER NOT NULL, void INTEGER NOT NULL, facts TEXT NOT NULL,
-    sums BLOB NOT NULL
+    attempt INTEGER PRIMARY KEY, purpose TEXT NOT NULL, round INTEGER NOT NULL, void INTEGER NOT NULL,
+    facts TEXT NOT NULL, sums BLOB NOT NULL
 );
 CREATE TABLE IF NOT EXISTS owners (fingerprint TEXT PRIMARY KEY, facts TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, time TEXT NOT NULL, kind TEXT NOT NULL,
@@ -149,11 +150,22 @@ class RunStore:
         rows = self._database.execute("SELECT fingerprint, facts FROM owners ORDER BY 1").fetchall()
         return {fingerprint: json.loads(facts) for fingerprint, facts in rows}
 
-    def void_attempt(self, attempt: int, round_number: int, facts: dict[str, Any]) -> None:
+    def void_attempt(
+        self, attempt: int, purpose: Purpose, round_number: int, facts: dict[str, Any]
+    ) -> None:
         """Record an attempt that ended without an opened sum."""
         self._database.execute(
-            "INSERT OR REPLACE INTO attempts VALUES (?, ?, 1, ?, x'')",
-            (attempt, round_number, json.dumps(facts, allow_nan=False)),
+            "INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, 1, ?, x'')",
+            (attempt, purpose, round_number, json.dumps(facts, allow_nan=False)),
+        )
+
+    def finish_evaluation(
+        self, attempt: int, round_number: int, facts: dict[str, Any], sums: bytes
+    ) -> None:
+        """Record the evaluation of a finished round's model."""
+        self._database.execute(
+            "INSERT OR REPLACE INTO attempts VALUES (?, 'evaluate', ?, 0, ?, ?)",
+            (attempt, round_number, json.dumps(facts, allow_nan=False), sums),
         )
 
     def finish_round(
@@ -168,24 +180,35 @@ class RunStore:
         self.write_checkpoint(round_number, model)
         with self._transaction():
             self._database.execute(
-                "INSERT OR REPLACE INTO attempts VALUES (?, ?, 0, ?, ?)",
+                "INSERT OR REPLACE INTO attempts VALUES (?, 'train', ?, 0, ?, ?)",
                 (attempt, round_number, json.dumps(facts, allow_nan=False), sums),
             )
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Return the facts of all attempts in order, each with attempt, round and void."""
+        """Return the facts of all attempts in order, each with attempt, purpose, round and void."""
         rows = self._database.execute(
-            "SELECT attempt, round, void, facts FROM attempts ORDER BY attempt"
+            "SELECT attempt, purpose, round, void, facts FROM attempts ORDER BY attempt"
         ).fetchall()
         return [
-            {"attempt": attempt, "round": number, "void": bool(void), **json.loads(facts)}
-            for attempt, number, void, facts in rows
+            {
+                "attempt": attempt,
+                "purpose": purpose,
+                "round": number,
+                "void": bool(void),
+                **json.loads(facts),
+            }
+            for attempt, purpose, number, void, facts in rows
         ]
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Return the facts of all finished rounds in order, evaluations left out."""
+        return [one for one in self.attempts() if one["purpose"] == "train" and not one["void"]]
 
     def sums(self, round_number: int) -> bytes:
         """Return the opened sums of a finished round."""
         row = self._database.execute(
-            "SELECT sums FROM attempts WHERE round = ? AND void = 0", (round_number,)
+            "SELECT sums FROM attempts WHERE purpose = 'train' AND round = ? AND void = 0",
+            (round_number,),
         ).fetchone()
         if row is None:
             raise RunFailed(f"round {round_number} is not finished")
@@ -193,7 +216,9 @@ class RunStore:
 
     def finished_rounds(self) -> int:
         """Return the number of finished rounds."""
-        (count,) = self._database.execute("SELECT COUNT(*) FROM attempts WHERE void = 0").fetchone()
+        (count,) = self._database.execute(
+            "SELECT COUNT(*) FROM attempts WHERE purpose = 'train' AND void = 0"
+        ).fetchone()
         return int(count)
 
     def write_checkpoint(self, round_number: int, model: GlobalModel) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -14,10 +15,10 @@ from flwr.serverapp.strategy import Result, Strategy
 from crypto.pki import Trust
 from crypto.presets import packing_for
 from crypto.signing import verify
-from protocol.accounting import epsilon_after
 from protocol.encoding import digest_bytes
 from protocol.errors import FedsealError, ProtocolViolation, QuorumNotMet, RunFailed
-from protocol.messages import CloseReply, CloseRequest, Statement
+from protocol.evaluation import Estimate, run_epsilon
+from protocol.messages import CloseReply, CloseRequest, Purpose, Statement
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 from server.exchange import Exchanger, Reply, Request
@@ -56,6 +57,8 @@ class SealStrategy(Strategy):
         self._initial = initial
         self._evaluate = evaluate
         self._trust = trust
+        self._attempts = 0
+        self._spare_evaluations = self._plan.run.paid_spares
 
     def summary(self) -> None:
         """Log the plan's size; Flower calls this at the start."""
@@ -104,14 +107,14 @@ class SealStrategy(Strategy):
         return Result()
 
     def _rounds(self, runner: RoundRunner, session: ServerSession) -> GlobalModel:
-        model, number = self._initial, 0
+        model, trained = self._initial, 0
         self._store.write_checkpoint(0, model)
         last_problem: FedsealError | None = None
         while len(runner.steps) < self._plan.run.rounds:
-            number += 1
-            if number > self._plan.max_attempts:
+            trained += 1
+            if trained > self._plan.run.rounds + self._plan.run.spare_attempts:
                 raise last_problem or RunFailed("all attempts are used up")
-            attempt = Attempt(number, len(runner.steps) + 1, model.sha256())
+            attempt = self._attempt(len(runner.steps) + 1, model, "train")
             try:
                 model = runner.run(attempt, model)
             except FedsealError as error:
@@ -121,27 +124,78 @@ class SealStrategy(Strategy):
                 continue
             runner.steps.append(attempt.openings)
             self._finish(attempt, model, session)
+            if self._plan.is_evaluated(attempt.round):
+                self._evaluate_on_owners(runner, session, attempt.round, model)
         return model
 
+    def _attempt(self, round_number: int, model: GlobalModel, purpose: Purpose) -> Attempt:
+        """Return the next attempt; training and evaluation share one row of numbers."""
+        self._attempts += 1
+        return Attempt(self._attempts, round_number, model.sha256(), purpose)
+
+    def _evaluate_on_owners(
+        self, runner: RoundRunner, session: ServerSession, round_number: int, model: GlobalModel
+    ) -> None:
+        """Let the owners evaluate a finished round's model; where that fails the run goes on without.
+
+        Nothing that follows depends on the result: a run is priced as one whose length is fixed.
+        """
+        while True:
+            attempt = self._attempt(round_number, model, "evaluate")
+            try:
+                estimate = runner.evaluate(attempt)
+            except FedsealError as error:
+                self._void(attempt, error)
+                # counts that were sealed by all may have been opened, and owners open a model once
+                if self._spare_evaluations == 0 or attempt.headers:
+                    return
+                self._spare_evaluations -= 1
+                time.sleep(_RETRY_PAUSE_S)
+                continue
+            self._finish_evaluation(attempt, estimate, session)
+            return
+
+    def _finish_evaluation(
+        self, attempt: Attempt, estimate: Estimate | None, session: ServerSession
+    ) -> None:
+        counts = np.frombuffer(attempt.sums, dtype="<u4").tolist()
+        facts = {**self._facts(attempt, None), "sums": counts}
+        self._store.finish_evaluation(attempt.number, attempt.round, facts, attempt.sums)
+        self._store.event(
+            "evaluation",
+            round=attempt.round,
+            attempt=attempt.number,
+            accuracy=None if estimate is None else estimate.accuracy,
+            standard_error=None if estimate is None else estimate.standard_error,
+            contributors=len(attempt.headers),
+            epsilon=self._epsilons(session),
+            seconds=attempt.seconds,
+        )
+        for member in session.members.values():
+            self._record_member(member)
+
+    def _epsilons(self, session: ServerSession) -> dict[str, float | None]:
+        return {
+            member.name: run_epsilon(self._plan, member.sealed, member.sealed_evaluations)
+            for member in session.members.values()
+        }
+
     def _void(self, attempt: Attempt, error: FedsealError) -> None:
-        facts = self._facts(attempt, None)
-        self._store.void_attempt(attempt.number, attempt.round, {**facts, "reason": error.code})
+        facts = {**self._facts(attempt, None), "reason": error.code}
+        self._store.void_attempt(attempt.number, attempt.purpose, attempt.round, facts)
         self._store.event("void", attempt=attempt.number, round=attempt.round, code=error.code)
 
     def _finish(self, attempt: Attempt, model: GlobalModel, session: ServerSession) -> None:
         accuracy = self._evaluate(model)
         facts = self._facts(attempt, accuracy)
         self._store.finish_round(attempt.number, attempt.round, facts, attempt.sums, model)
-        epsilons = {
-            member.name: epsilon_after(self._plan, member.sealed) for member in session.members.values()
-        }
         self._store.event(
             "round",
             round=attempt.round,
             attempt=attempt.number,
             accuracy=accuracy,
             contributors=len(attempt.headers),
-            epsilon=epsilons,
+            epsilon=self._epsilons(session),
             seconds=attempt.seconds,
             upload_bytes=attempt.upload_bytes,
             download_bytes=attempt.download_bytes,
@@ -156,6 +210,7 @@ class SealStrategy(Strategy):
             "openings": [signed.model_dump(mode="json") for signed in attempt.openings],
             "sums_hash": digest_bytes(attempt.sums) if attempt.sums else None,
             "accuracy": accuracy,
+            "sums": None,
             "seconds": attempt.seconds,
             "upload_bytes": attempt.upload_bytes,
             "download_bytes": attempt.download_bytes,
@@ -217,6 +272,7 @@ class SealStrategy(Strategy):
                 "ledger_first": member.first_head.model_dump(mode="json"),
                 "ledger_last": member.last_head.model_dump(mode="json"),
                 "sealed": member.sealed,
+                "sealed_evaluations": member.sealed_evaluations,
                 **facts,
             },
         )

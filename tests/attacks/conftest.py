@@ -17,7 +17,7 @@ from scenarios.federation import PolicySettings, make_federation
 from tasks.partition import digits
 from tasks.resolve import resolve
 
-SETTINGS = PolicySettings(epsilon_total=1e6, epsilon_per_run=50.0, delta_total=0.5)
+SETTINGS = PolicySettings(epsilon_total=1e6, epsilon_per_run=50.0, delta_total=0.5, allow_seal_frames=True)
 
 
 def attack_plan(**sections: dict[str, Any]) -> Plan:
@@ -47,7 +47,8 @@ def _resolved(sections: str) -> Plan:
         "encryption": {"preset": "exact16", "quorum": 2},
     }
     for name, changes in json.loads(sections).items():
-        fields[name] = {key: value for key, value in (fields[name] | changes).items() if value is not None}
+        changed = fields.get(name, {}) | changes
+        fields[name] = {key: value for key, value in changed.items() if value is not None}
     return resolve(Plan.from_fields(fields))
 
 

@@ -36,6 +36,7 @@ from protocol.messages import (
     Message,
     OpenReply,
     OpenRequest,
+    Purpose,
     RosterReply,
     RosterRequest,
     SealReply,
@@ -165,6 +166,7 @@ class HostileRun:
             wrap_digests={name: wrap_digests_of(reply) for name, reply in replies.items()},
             seeds={name: reply.seeds[own] for name, reply in replies.items() if own in reply.seeds},
             key=next((reply.keys[own] for reply in replies.values() if own in reply.keys), None),
+            heads=[reply.heads[own] for reply in replies.values() if own in reply.heads],
         )
 
     def keys(self) -> HostileRun:
@@ -180,14 +182,21 @@ class HostileRun:
     # --- rounds ------------------------------------------------------------------------------------
 
     def fit_request(
-        self, attempt: int, model_hash: str | None = None, round_number: int = 1, steps: Any = ()
+        self,
+        attempt: int,
+        model_hash: str | None = None,
+        round_number: int = 1,
+        steps: Any = (),
+        purpose: Purpose = "train",
     ) -> FitRequest:
         return FitRequest(
             session=self.session,
             attempt=attempt,
+            purpose=purpose,
             round=round_number,
             model_hash=model_hash or self.model(self.indices[0]).sha256(),
             steps=list(steps),
+            newest=None,
         )
 
     def fit(self, attempt: int, indices: Sequence[int] | None = None, **changes: Any) -> list[Signed]:

@@ -11,7 +11,7 @@ from hostile import HostileFederation, HostileRun, slots_of
 from numpy.typing import NDArray
 from scipy import stats
 
-from client import rounds
+from client import contribution
 from crypto.graph import graph_seed, neighbours
 from crypto.masks import MaskContext, Masks, advance, apply_masks, mask_stream
 from protocol.encoding import digest
@@ -35,7 +35,7 @@ def uniformity(values: NDArray[np.uint64], modulus: int, bins: int = 128) -> flo
 def colluders(federation: HostileFederation, plan: Plan) -> Any:
     """Decrypted slots of all owners over several attempts whose updates are all zero."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "local_update", lambda *_: np.zeros(650))
+        patch.setattr(contribution, "local_update", lambda *_: np.zeros(650))
         run = federation.run(plan).established()
         chains = {index: run.state(index).chain_keys for index in run.indices}
         key, slots, headers = run.bfv_key(EVIL), [], []

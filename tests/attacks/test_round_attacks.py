@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from hostile import HostileFederation, HostileRun, answers, nothing_released
 
-from client import rounds
+from client import contribution, membership
+from client.following import opened_mean
 from client.owner import PendingUpdate
 from client.policy import Peers
 from crypto.signing import sign
+from protocol.encoding import digest_bytes
 from protocol.errors import PlanInvalid, TrainingFailed
 from protocol.messages import Opening, Ready, Signed
+from protocol.optimizers import apply_update
 from protocol.plan import Plan
 
 VICTIM, PEER, EVIL = 3, 2, 1
@@ -43,7 +46,7 @@ def test_a_victim_among_sybils_does_not_seal(session: HostileRun, monkeypatch: p
     peers = Peers(pinned=pinned, min_known_peers=2)
     monkeypatch.setattr(session.owner(VICTIM), "policy", policy.model_copy(update={"peers": peers}))
     assert seal_refused(session, 1, [ready[0], ready[EVIL], ready[VICTIM]]) == "FS-ROSTER-01"
-    monkeypatch.setattr(rounds, "require_acceptable", lambda *_: None)
+    monkeypatch.setattr(membership, "require_acceptable", lambda *_: None)
     session.seal(1, [ready[0], ready[EVIL], ready[VICTIM]], [VICTIM])
 
 
@@ -173,7 +176,7 @@ def test_an_update_is_sealed_in_the_run_that_paid_for_it(
     sealed = cheap.seal(1, ready, range(4))
     sums = np.frombuffer(cheap.open(1, ready, sealed, 0)[1], "<u4").astype(np.uint64)
     grid = cheap.plan.update_range / cheap.packing().half_levels
-    mean = rounds._mean(cheap.plan, sums, 4)
+    mean = opened_mean(cheap.plan, sums, 4)
     np.testing.assert_allclose(mean, sum(own.values()) / 4, atol=grid)
     assert np.array_equal(barely_noised, kept), "the other run's update was touched"
     assert owner.ledger.spent(dear.run).sealed == 0
@@ -212,8 +215,8 @@ def fit_refused(run: HostileRun, attempt: int, steps: Any, sums: bytes, **change
 
 
 def next_model(run: HostileRun, sums: bytes, contributors: int) -> str:
-    mean = rounds._mean(run.plan, np.frombuffer(sums, "<u4").astype(np.uint64), contributors)
-    return rounds.apply_update(run.model(VICTIM), mean, run.plan.server_optimizer).sha256()
+    mean = opened_mean(run.plan, np.frombuffer(sums, "<u4").astype(np.uint64), contributors)
+    return apply_update(run.model(VICTIM), mean, run.plan.server_optimizer).sha256()
 
 
 def test_a_model_of_the_coordinators_choice_is_refused(session: HostileRun) -> None:
@@ -248,7 +251,7 @@ def test_openings_below_the_quorum_are_refused(session: HostileRun) -> None:
 def test_one_colluding_opener_does_not_lead_to_another_model(session: HostileRun) -> None:
     openings, sums = session.finished_round(1)
     lie = np.full(len(sums) // 4, 7, dtype="<u4").tobytes()
-    body = Opening.from_fields(openings[1].body).model_copy(update={"sums_hash": rounds.digest_bytes(lie)})
+    body = Opening.from_fields(openings[1].body).model_copy(update={"sums_hash": digest_bytes(lie)})
     lied = sign(session.owner(1).credentials.signing_key, body)
     fields = {"model_hash": next_model(session, lie, 4), "round_number": 2}
     assert fit_refused(session, 2, [[lied]], lie, **fields) == "FS-WIRE-03"
@@ -301,13 +304,13 @@ def test_two_lists_that_differ_in_one_owner_are_refused_without_noise(
     privacy = {"noise": "none", "target_epsilon": None, "sample_rate": 1.0}
     run = federation.run(make_plan(privacy=privacy)).established()
     truth: list[Any] = []
-    honest = rounds.local_update
+    honest = contribution.local_update
 
     def recorded(*arguments: Any) -> Any:
         truth.append(honest(*arguments))
         return truth[-1].copy()
 
-    monkeypatch.setattr(rounds, "local_update", recorded)
+    monkeypatch.setattr(contribution, "local_update", recorded)
     ready, sealed = run.sealed_attempt(1)
     opened = np.frombuffer(run.open(1, ready, sealed, 0)[1], "<u4").astype(np.int64)
     victims = truth[VICTIM]
@@ -332,7 +335,7 @@ def test_an_update_that_is_not_finite_never_leaves(
     for attempt, value in enumerate((np.nan, np.inf, -np.inf), start=1):
         update = np.zeros(650)
         update[17] = value
-        monkeypatch.setattr(rounds, "local_update", lambda *_, update=update: update.copy())
+        monkeypatch.setattr(contribution, "local_update", lambda *_, update=update: update.copy())
         session.federation.ask(VICTIM, "train.fit", session.fit_request(attempt).to_bytes())
         assert all(bool(np.all(np.isfinite(kept.update))) for kept in owner.pending.values())
 
@@ -342,7 +345,7 @@ def test_extreme_updates_seal_and_open_exactly(
 ) -> None:
     levels = session.packing().half_levels
     for attempt, value in enumerate((5e-324, -5e-324, 1e308, -1e308), start=1):
-        monkeypatch.setattr(rounds, "local_update", lambda *_, value=value: np.full(650, value))
+        monkeypatch.setattr(contribution, "local_update", lambda *_, value=value: np.full(650, value))
         ready, sealed = session.sealed_attempt(attempt)
         sums = np.frombuffer(session.open(attempt, ready, sealed, 0)[1], "<u4").astype(np.int64)
         if abs(value) > 1:
@@ -366,7 +369,7 @@ def test_only_a_code_leaves_when_training_or_reading_fails(
     errors = (ValueError(MARKER), TrainingFailed(MARKER), RuntimeError(MARKER), OSError(MARKER))
     for attempt, error in enumerate(errors, start=1):
         if place == "training":
-            monkeypatch.setattr(rounds, "local_update", raising(error))
+            monkeypatch.setattr(contribution, "local_update", raising(error))
         else:
             monkeypatch.setattr(type(session.owner(VICTIM)), "examples", raising(error))
         answered = session.federation.ask(VICTIM, "train.fit", session.fit_request(attempt).to_bytes())
@@ -385,13 +388,13 @@ def test_an_update_that_overflows_is_answered_like_any_other(
     session: HostileRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for attempt, value in enumerate((np.inf, -np.inf, np.nan, 0.0), start=1):
-        monkeypatch.setattr(rounds, "local_update", lambda *_, value=value: np.full(650, value))
+        monkeypatch.setattr(contribution, "local_update", lambda *_, value=value: np.full(650, value))
         answered = session.federation.ask(VICTIM, "train.fit", session.fit_request(attempt).to_bytes())
         assert answered.error is None
 
 
 def test_training_that_stops_is_not_refunded(session: HostileRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "local_update", raising(TrainingFailed()))
+    monkeypatch.setattr(contribution, "local_update", raising(TrainingFailed()))
     assert session.federation.refused(VICTIM, "train.fit", session.fit_request(1)) == "FS-TRAIN-01"
     spent = session.owner(VICTIM).ledger.spent(session.run)
     assert (spent.reserved, spent.void) == (1, 0)
@@ -406,13 +409,13 @@ def test_public_weights_enter_the_mean_exactly_as_the_plan_says(
     weights = {federation.owners[0].fingerprint: 0.5, federation.owners[1].fingerprint: 0.75}
     run = federation.run(make_plan(cohort={"weights": weights})).established()
     values = iter([0.01, 0.02, 0.03, 0.04])
-    monkeypatch.setattr(rounds, "local_update", lambda *_: np.full(650, next(values)))
+    monkeypatch.setattr(contribution, "local_update", lambda *_: np.full(650, next(values)))
     ready, sealed = run.sealed_attempt(1)
     opening, blob = run.open(1, ready, sealed, 0)
     body = Opening.from_fields(opening.body)
     assert (body.contributors, body.total_weight) == (4, 3.25)
     sums = np.frombuffer(blob, "<u4").astype(np.uint64)
-    mean = rounds._mean(run.plan, sums, 4, body.total_weight)
+    mean = opened_mean(run.plan, sums, 4, body.total_weight)
     expected = (0.5 * 0.01 + 0.75 * 0.02 + 0.03 + 0.04) / 3.25
     grid = run.plan.update_range / run.packing().half_levels
     np.testing.assert_allclose(mean, expected, atol=2 * grid)

@@ -18,12 +18,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from hostile import HostileFederation, HostileRun, answers
 
 import server.strategy
-from client import rounds
+from client import contribution, rounds
+from client.following import opened_mean
 from client.owner import STATE, _storage_key, open_owner
 from client.state import StateStore
 from crypto.pki import load_trust
+from crypto.presets import packing_for
 from crypto.vault import StorageBox
 from protocol.errors import SecretUnavailable
+from protocol.optimizers import apply_update
 from protocol.plan import Plan
 from scenarios.federation import Federation, PolicySettings, make_federation
 from server.app import run_plan
@@ -187,8 +190,8 @@ def test_a_thief_with_the_passphrase_finds_no_erased_key_in_the_log(
 def test_close_erases_all_keys_of_the_session(homes: Homes, plan: Plan) -> None:
     run = three(homes, plan).established()
     openings, sums = run.finished_round(1)
-    mean = rounds._mean(plan, np.frombuffer(sums, "<u4").astype(np.uint64), 3)
-    final = rounds.apply_update(run.model(0), mean, plan.server_optimizer).sha256()
+    mean = opened_mean(plan, np.frombuffer(sums, "<u4").astype(np.uint64), 3)
+    final = apply_update(run.model(0), mean, plan.server_optimizer).sha256()
     run.close(2, [openings], sums, final)
     state = run.state(2)
     assert (state.stage, state.chain_keys, state.bfv_key) == ("closed", {}, None)
@@ -219,7 +222,7 @@ def test_the_coordinators_folder_holds_no_secret_and_no_update(
     """A whole run by the real coordinator; every update and every key is looked for in its folder."""
     monkeypatch.setattr(server.strategy, "_RETRY_PAUSE_S", 0.0)
     updates, held = [], dict[str, bytes]()
-    honest_update, honest_seal = rounds.local_update, rounds.seal_frames
+    honest_update, honest_seal = contribution.local_update, rounds.seal_frames
 
     def watched_update(*arguments: Any) -> Any:
         if len(updates) == 4:
@@ -231,7 +234,7 @@ def test_the_coordinators_folder_holds_no_secret_and_no_update(
         held["encryption key"] = key.residues()
         return honest_seal(update, update_range, uniforms, masks, key)
 
-    monkeypatch.setattr(rounds, "local_update", watched_update)
+    monkeypatch.setattr(contribution, "local_update", watched_update)
     monkeypatch.setattr(rounds, "seal_frames", watched_seal)
     plan = make_plan(cohort={"minimum": 3, "maximum": 3}, run={"rounds": 1, "spare_attempts": 4})
     store = RunStore(tmp_path / "run")
@@ -247,7 +250,7 @@ def test_the_coordinators_folder_holds_no_secret_and_no_update(
     assert readable(held, stolen) == []
     assert MARKER.encode() not in stolen
     assert len(updates) >= 3
-    levels = (rounds.packing_for("exact16", 3).half_levels) / plan.update_range
+    levels = packing_for("exact16", 3).half_levels / plan.update_range
     for update in updates:
         grid = np.rint(update * levels)
         for shape in (update, update.astype(np.float32), grid.astype("<i4"), grid.astype("<i8")):
