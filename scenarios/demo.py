@@ -163,7 +163,7 @@ def summarize(
     store: RunStore, federation: Federation, conclusion: Conclusion, wall_s: float
 ) -> dict[str, Any]:
     """Return the figures of a finished demo; every one is measured or read from a record."""
-    rounds = [facts for facts in store.attempts() if not facts["void"]]
+    rounds = store.rounds()
     parameters = store.read_checkpoint(0).weights.size
     deployment = conclusion.deployment or {}
     return {
@@ -179,6 +179,9 @@ def summarize(
             "scheme": conclusion.encryption["scheme"],
             "preset": conclusion.encryption["preset"],
             "exact": conclusion.encryption["exact"],
+            "frames": conclusion.encryption["frames"],
+            "bytes_per_value": conclusion.encryption["frame_bytes"]
+            / conclusion.encryption["values_per_frame"],
         },
         "model": {
             "package": str(conclusion.package),

@@ -68,6 +68,9 @@ class PolicySettings:
         min_cohort: Fewest owners of a sum.
         min_known_peers: Pinned owners that must be in every list.
         allow_ckks: Whether plans with the compatibility scheme are accepted.
+        allow_seal_frames: Whether plans with frames in SEAL's own form are accepted.
+        epsilon_worst: Cap if all others collude; None refuses distributed noise.
+        units: Allowed units of privacy.
     """
 
     epsilon_total: float = 16.0
@@ -76,6 +79,9 @@ class PolicySettings:
     min_cohort: int = 3
     min_known_peers: int = 2
     allow_ckks: bool = False
+    allow_seal_frames: bool = False
+    epsilon_worst: float | None = None
+    units: tuple[str, ...] = ("example",)
 
 
 def make_federation(
@@ -163,6 +169,8 @@ def make_owner_home(
 
 def policy_fields(dataset: str, pinned: Mapping[str, str], settings: PolicySettings) -> dict[str, Any]:
     """Return the fields of a policy.toml."""
+    distributed = settings.epsilon_worst is not None
+    worst = {"epsilon_worst": settings.epsilon_worst} if distributed else {}
     return {
         "dataset": dataset,
         "data_file": DATA,
@@ -170,12 +178,16 @@ def policy_fields(dataset: str, pinned: Mapping[str, str], settings: PolicySetti
             "epsilon_total": settings.epsilon_total,
             "epsilon_per_run": settings.epsilon_per_run,
             "delta_total": settings.delta_total,
+            **worst,
         },
         "plans": {
             "tasks": ["image-classification"],
-            "models": ["linear", "mlp"],
+            "models": ["linear", "mlp", "cnn", "scattering"],
             "min_cohort": settings.min_cohort,
             "allow_ckks": settings.allow_ckks,
+            "allow_seal_frames": settings.allow_seal_frames,
+            "units": list(settings.units),
+            "allow_distributed_noise": distributed,
         },
         "peers": {"pinned": dict(pinned), "min_known_peers": settings.min_known_peers},
     }

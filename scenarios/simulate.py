@@ -1,43 +1,74 @@
-"""Simulated federations: the deployed apps on an in-process grid."""
+"""Simulated federations: the deployed apps on an in-process grid, and central training beside them."""
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 from flwr.app import Context
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from client.app import make_app
 from client.owner import Owner, open_owner
 from crypto.pki import load_trust
 from protocol.errors import PlanInvalid
+from protocol.evaluation import planned_worst_epsilon, promised_loss
 from protocol.plan import Plan, first_problem
+from scenarios.central import CentralTraining, prepare_central
 from scenarios.federation import PolicySettings, make_federation
 from scenarios.grid import LocalGrid
 from server.app import PUBLIC_DATA, run_plan
 from server.store import RunStore
 from server.submit import IDENTITY
-from tasks.partition import digits, write_examples
+from tasks.partition import Shard, digits, fashion_mnist, write_examples
+from tasks.registry import task_for
 from tasks.resolve import resolve
 
 _FIRST_NODE = 100
 
 
 class Scenario(BaseModel):
-    """A simulated federation, as its TOML file describes it."""
+    """A simulated federation, or central training, as its TOML file describes it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     plan: str = Field(description="Plan file, relative to the scenario file.")
+    kind: Literal["federated", "central"] = Field(
+        default="federated",
+        description="`central` trains on all rows as one party, without encryption: the bar to reach.",
+    )
+    data: Literal["digits", "fashion-mnist"] = Field(default="digits", description="Source of the rows.")
+    holdout_rows: Annotated[int, Field(ge=0, le=30_000)] = Field(
+        default=0,
+        description="Training rows of `fashion-mnist` that replace its test set, for choosing constants.",
+    )
     owners: Annotated[int, Field(ge=1, le=256)] = Field(description="Number of simulated owners.")
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Decides who owns which rows.")
     workers: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0, description="Owners that work at the same time; 0 runs one after the other."
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "central" and self.owners != 1:
+            raise ValueError("owners must be 1 where kind is 'central'")
+        if self.holdout_rows and self.data != "fashion-mnist":
+            raise ValueError("holdout_rows needs data = 'fashion-mnist'")
+        return self
+
+    def rows(self) -> tuple[list[Shard], Shard]:
+        """Return the owners' rows and the public ones, raw.
+
+        Raises:
+            DatasetMissing: The files of the source are not on this machine.
+        """
+        if self.data == "fashion-mnist":
+            return fashion_mnist(self.seed, self.owners, self.holdout_rows)
+        return digits(self.seed, self.owners)
 
     @classmethod
     def read(cls, file: Path) -> tuple[Scenario, Plan]:
@@ -88,33 +119,65 @@ class Simulation:
         self.store.close()
 
 
-def build(scenario: Scenario, plan: Plan, folder: Path) -> Simulation:
+def build(scenario: Scenario, plan: Plan, folder: Path) -> Simulation | CentralTraining:
+    """Make what a scenario describes, ready to run.
+
+    Args:
+        scenario: Kind, source and split of the rows, workers.
+        plan: As read; it is resolved here.
+        folder: New or empty.
+
+    Raises:
+        DatasetMissing: The rows are not on this machine.
+        PlanInvalid, CapacityExceeded, NoiseTooSmall: See `tasks.resolve.resolve`.
+    """
+    resolved = resolve(plan)
+    shards, public = scenario.rows()
+    run = folder / "run"
+    if scenario.kind == "central":
+        training = prepare_central(resolved, task_for(resolved).check(*shards[0]), run)
+        write_examples(run / PUBLIC_DATA, *public)
+        return training
+    simulation = federate(resolved, shards, folder, scenario.workers)
+    write_examples(run / PUBLIC_DATA, *public)
+    return simulation
+
+
+def federate(plan: Plan, shards: Sequence[Shard], folder: Path, workers: int = 0) -> Simulation:
     """Make a federation in a folder and put its apps on an in-process grid.
 
     Args:
-        scenario: Owners, split, workers.
-        plan: As read; it is resolved here.
+        plan: Resolved.
+        shards: Raw rows of each owner.
         folder: New or empty.
+        workers: See `Scenario`.
     """
-    resolved = resolve(plan)
-    splits, public = digits(seed=scenario.seed, owners=scenario.owners)
-    epsilon = resolved.privacy.target_epsilon or 1.0
-    settings = PolicySettings(
-        epsilon_total=2 * epsilon,
-        epsilon_per_run=epsilon,
-        min_cohort=max(3, resolved.cohort.minimum),
-        allow_ckks=resolved.encryption.preset == "ckks",
-    )
-    federation = make_federation(folder, splits, settings)
+    federation = make_federation(folder, shards, _policy_for(plan))
     homes = enumerate(federation.owners, start=_FIRST_NODE)
     owners = {node: open_owner(home.folder, home.passphrase) for node, home in homes}
     apps = {node: make_app(partial(_fixed, owner)) for node, owner in owners.items()}
     store = RunStore(folder / "run")
-    store.set("plan", resolved.fields())
-    store.set("plan_hash", resolved.sha256())
-    write_examples(store.folder / PUBLIC_DATA, *public)
+    store.set("plan", plan.fields())
+    store.set("plan_hash", plan.sha256())
     trust = load_trust(federation.server_home / IDENTITY)
-    return Simulation(store, LocalGrid(apps, scenario.workers), owners, trust)
+    return Simulation(store, LocalGrid(apps, workers), owners, trust)
+
+
+def _policy_for(plan: Plan) -> PolicySettings:
+    """Return a policy that allows the plan, twice."""
+    epsilon = promised_loss(plan)[0] or 1.0
+    shares = plan.privacy.noise == "distributed"
+    worst = max(2 * epsilon, planned_worst_epsilon(plan) or 0.0) if shares else None
+    return PolicySettings(
+        epsilon_total=2 * epsilon,
+        epsilon_per_run=epsilon,
+        min_cohort=max(3, plan.cohort.minimum),
+        allow_ckks=plan.encryption.preset == "ckks",
+        allow_seal_frames=plan.encryption.frames == "seal",
+        epsilon_worst=worst,
+        units=(plan.privacy.unit,),
+        min_known_peers=max(2, plan.privacy.tolerated_colluders + 1) if shares else 2,
+    )
 
 
 def _fixed(owner: Owner, _context: Context) -> Owner:

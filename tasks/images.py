@@ -1,18 +1,11 @@
-"""Image classification with small dense networks: reader, model, loss and metric.
-
-Every step from a raw row to the model is a function of that row alone. A statistic of the whole
-dataset (a mean image, a maximum) would let one record change the others' features, and then clipping
-one record's gradient would not bound that record's influence.
-"""
+"""Image classification: reader, models, loss and metric."""
 
 from __future__ import annotations
 
-import math
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +15,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from protocol.encoding import digest
-from protocol.errors import DataInvalid, ModelMismatch, PlanInvalid
-from protocol.plan import Plan, TaskSection
+from protocol.errors import DataInvalid, ModelMismatch
+from protocol.plan import Plan
+from protocol.sections import TaskSection
+from tasks.inputs import InputForm, input_form
+from tasks.networks import build_network
 
-PREPROCESSING = (
-    "Scale the raw values linearly from raw_range to [-0.5, 0.5], flatten the example in row-major "
-    "order, and divide it by its L2 norm; an example of norm zero stays zero."
-)
+_EVALUATION_ROWS = 1024
+
+
+RowFilter = Callable[[NDArray[Any], NDArray[Any]], NDArray[np.bool_]]
+"""Chooses among raw rows (n, ...) and labels (n,): bool (n,), decided for each row by itself."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Examples:
     """Preprocessed rows with their labels.
 
     Attributes:
-        x: float32, shape (n, d), each row of L2 norm 1 or 0.
+        x: float32, shape (n, ...): rows as the task's model takes them, see `tasks.inputs`.
         y: int64, shape (n,), in [0, classes).
     """
 
@@ -49,13 +46,24 @@ class Examples:
 
 @dataclass(frozen=True)
 class ImageClassification:
-    """The task `image-classification` for data of one description.
+    """The task `image-classification` for data of one description and one model.
 
     Attributes:
         description: Public shape, range and classes of the data.
+        model: Name of the model, which decides how rows are preprocessed.
     """
 
     description: TaskSection
+    model: str = "linear"
+
+    @property
+    def form(self) -> InputForm:
+        """What the model takes.
+
+        Raises:
+            PlanInvalid: There is no such model, or it does not take examples of this shape.
+        """
+        return input_form(self.model, self.description)
 
     def read(self, path: Path) -> Examples:
         """Load and check an `.npz` file with the arrays `x` and `y`.
@@ -68,12 +76,16 @@ class ImageClassification:
         """
         return self.check(*_load(path))
 
-    def read_private(self, path: Path) -> Examples:
+    def read_private(self, path: Path, among: RowFilter | None = None) -> Examples:
         """Load an owner's file; rows that do not fit the description are left out, one by one.
 
         A coordinator chooses the description. If a row outside it were an error, the coordinator could
         search for the largest value or label of an owner by sending one description after the other.
         Leaving a row out depends on that row alone, which the privacy guarantee covers.
+
+        Args:
+            path: As in `read`.
+            among: Chooses among the rows that fit, each by itself; all of them if left out.
 
         Raises:
             DataInvalid: The arrays' shapes or types do not fit; no value has any part in that.
@@ -83,7 +95,11 @@ class ImageClassification:
         low, high = self.description.value_range
         fits = np.all((x >= low) & (x <= high), axis=tuple(range(1, x.ndim)))
         fits &= (y >= 0) & (y < self.description.classes)
-        return Examples(preprocess(x[fits], low, high), y[fits].astype(np.int64))
+        x, y = x[fits], y[fits].astype(np.int64)
+        if among is not None:
+            chosen = among(x, y)
+            x, y = x[chosen], y[chosen]
+        return Examples(self.form.prepare(x), y)
 
     def check(self, x: NDArray[Any], y: NDArray[Any]) -> Examples:
         """Check raw arrays against the description and preprocess them; no rows at all are allowed.
@@ -97,7 +113,7 @@ class ImageClassification:
             raise DataInvalid("x has values that are not finite or outside task.value_range")
         if not bool(np.all((y >= 0) & (y < self.description.classes))):
             raise DataInvalid("y has labels outside 0 .. task.classes - 1")
-        return Examples(preprocess(x, low, high), y.astype(np.int64))
+        return Examples(self.form.prepare(x), y.astype(np.int64))
 
     def _check_form(self, x: NDArray[Any], y: NDArray[Any]) -> None:
         task = self.description
@@ -111,26 +127,11 @@ class ImageClassification:
     def build_model(self, plan: Plan) -> nn.Module:
         """Return round 0's model: the same weights everywhere, drawn from `model.initial_seed` alone.
 
-        `linear` is one layer of zeros. `mlp` is a stack of Linear and Tanh whose weights and biases
-        are uniform in +-1/sqrt(fan_in). The global random state is neither used nor changed.
-
         Raises:
-            PlanInvalid: The model's name or its hidden widths are not usable.
+            PlanInvalid: The model's name or hidden widths are not usable, or not for this task's shape.
         """
-        model, task = plan.model, self.description
-        if model.name not in ("linear", "mlp"):
-            raise PlanInvalid("model.name: this task knows `linear` and `mlp`")
-        if (model.name == "mlp") != bool(model.hidden):
-            raise PlanInvalid("model.hidden: `mlp` needs at least one width and `linear` takes none")
-        widths = [math.prod(task.input_shape), *model.hidden, task.classes]
-        generator = torch.Generator().manual_seed(model.initial_seed)
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(widths):
-            if layers:
-                layers.append(nn.Tanh())
-            bound = 0.0 if model.name == "linear" else 1 / math.sqrt(fan_in)
-            layers.append(_linear(fan_in, fan_out, bound, generator))
-        return nn.Sequential(*layers)
+        form = input_form(plan.model.name, self.description)
+        return build_network(plan.model, form.shape, self.description.classes)
 
     def initial_weights(self, plan: Plan) -> NDArray[np.float64]:
         """Return round 0's model as the flat vector that travels between rounds, shape (n_params,)."""
@@ -158,39 +159,42 @@ class ImageClassification:
         """
         if len(examples) == 0:
             raise DataInvalid("an accuracy needs at least one example")
+        right = 0
         with torch.no_grad():
-            predicted = model(torch.from_numpy(examples.x)).argmax(dim=1).numpy()
-        return float(np.mean(predicted == examples.y))
+            for start in range(0, len(examples), _EVALUATION_ROWS):
+                block = slice(start, start + _EVALUATION_ROWS)
+                predicted = model(torch.from_numpy(examples.x[block])).argmax(dim=1).numpy()
+                right += int(np.sum(predicted == examples.y[block]))
+        return right / len(examples)
+
+    def correct(self, model: nn.Module, examples: Examples) -> NDArray[np.bool_]:
+        """Tell for each example whether the model's answer is right, from that example alone.
+
+        Each one goes through the model by itself: in a batch the last digits of an output depend on how
+        many rows there are, and one row could turn the answer to another one.
+
+        Returns:
+            bool, shape (n,). On private examples it must not leave the node.
+        """
+        right = np.zeros(len(examples), dtype=np.bool_)
+        with torch.no_grad():
+            for index in range(len(examples)):
+                logits = model(torch.from_numpy(examples.x[index : index + 1]))
+                right[index] = int(logits.argmax(dim=1)) == examples.y[index]
+        return right
 
     def input_schema(self, plan: Plan) -> dict[str, Any]:
         """Return what the deployed model takes: a preprocessed row, and how to make it from a raw one."""
-        task = plan.task
+        task, form = plan.task, self.form
         return {
             "name": "input",
-            "shape": [math.prod(task.input_shape)],
+            "shape": list(form.shape),
             "dtype": "float32",
-            "range": [-1.0, 1.0],
+            "range": list(form.bounds),
             "raw_shape": list(task.input_shape),
             "raw_range": list(task.value_range),
-            "preprocessing": PREPROCESSING,
+            "preprocessing": form.preprocessing,
         }
-
-
-def preprocess(x: NDArray[Any], low: float, high: float) -> NDArray[np.float32]:
-    """Turn raw rows into model rows, each by itself: scale, flatten, divide by the L2 norm.
-
-    Args:
-        x: Raw values, shape (n, ...), within [low, high].
-        low: Smallest declared value.
-        high: Largest declared value, > low.
-
-    Returns:
-        float32, shape (n, d), rows of norm 1; rows of norm zero stay zero.
-    """
-    width = math.prod(x.shape[1:])
-    rows = ((x.astype(np.float64) - low) / (high - low) - 0.5).reshape(len(x), width)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return (rows / np.where(norms > 0, norms, 1.0)).astype(np.float32)
 
 
 def flatten(model: nn.Module) -> NDArray[np.float32]:
@@ -235,12 +239,3 @@ def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         # The cause may quote the path or the content, so that it is not chained.
         raise DataInvalid("the file is not an .npz file with the arrays x and y") from None
-
-
-def _linear(fan_in: int, fan_out: int, bound: float, generator: torch.Generator) -> nn.Linear:
-    # Made without storage first, because the usual constructor draws from the global generator.
-    layer = nn.Linear(fan_in, fan_out, device="meta").to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-bound, bound, generator=generator)
-    return layer

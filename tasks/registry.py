@@ -12,7 +12,7 @@ from torch import nn
 
 from protocol.errors import PlanInvalid
 from protocol.plan import Plan
-from tasks.images import Examples, ImageClassification
+from tasks.images import Examples, ImageClassification, RowFilter
 
 
 class Task(Protocol):
@@ -21,7 +21,7 @@ class Task(Protocol):
     def read(self, path: Path) -> Examples:
         """Load and check one owner's data file, or raise DataInvalid."""
 
-    def read_private(self, path: Path) -> Examples:
+    def read_private(self, path: Path, among: RowFilter | None = None) -> Examples:
         """Load an owner's file; rows that do not fit are left out, or raise DataInvalid for its form."""
 
     def check(self, x: NDArray[Any], y: NDArray[Any]) -> Examples:
@@ -39,16 +39,19 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module, examples: Examples) -> float:
         """Return the metric on public examples; more is better."""
 
+    def correct(self, model: nn.Module, examples: Examples) -> NDArray[np.bool_]:
+        """Tell for each example, by itself, whether the model's answer is right, shape (n,)."""
+
     def input_schema(self, plan: Plan) -> dict[str, Any]:
         """Return name, shape, dtype, range and preprocessing of the deployed model's input."""
 
 
 def task_for(plan: Plan) -> Task:
-    """Return the task that a plan names, for data as the plan describes it.
+    """Return the task that a plan names, for data and model as the plan describes them.
 
     Raises:
         PlanInvalid: No task has this name.
     """
     if plan.task.name != "image-classification":
         raise PlanInvalid("task.name: the only task is `image-classification`")
-    return ImageClassification(plan.task)
+    return ImageClassification(plan.task, plan.model.name)

@@ -10,7 +10,8 @@ import torch
 
 from protocol.errors import DataInvalid, ModelMismatch, PlanInvalid
 from protocol.plan import Plan
-from tasks.images import ImageClassification, flatten, layout_hash, preprocess, unflatten
+from tasks.images import ImageClassification, flatten, layout_hash, unflatten
+from tasks.inputs import unit_rows
 from tasks.partition import digits, split, write_examples
 from tasks.registry import task_for
 
@@ -148,11 +149,11 @@ def test_no_rows_are_fine_but_have_no_accuracy() -> None:
 
 
 def test_preprocessing_looks_at_one_row_only() -> None:
-    together = preprocess(X, 0.0, 16.0)
-    alone = np.concatenate([preprocess(X[i : i + 1], 0.0, 16.0) for i in range(len(X))])
+    together = unit_rows(X, 0.0, 16.0)
+    alone = np.concatenate([unit_rows(X[i : i + 1], 0.0, 16.0) for i in range(len(X))])
     np.testing.assert_array_equal(together, alone)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, rtol=1e-6)
-    grey = preprocess(np.full((1, 8, 8), 8.0, dtype=np.float32), 0.0, 16.0)
+    grey = unit_rows(np.full((1, 8, 8), 8.0, dtype=np.float32), 0.0, 16.0)
     assert not grey.any()
 
 
