@@ -26,7 +26,7 @@ from rich.table import Table
 
 from protocol.errors import BenchmarkFailed
 from scenarios.bench_arms import ArmProcess, Figures, Job, Settings
-from scenarios.bench_targets import evaluate, targets_table
+from scenarios.bench_targets import targets_table
 
 _PACKAGES: Final = ("fedseal", "numpy", "tenseal", "flwr", "cryptography", "zstandard")
 
@@ -35,6 +35,7 @@ class BenchmarkName(StrEnum):
     """The benchmarks that exist."""
 
     SEAL = "seal"
+    PRIVACY = "privacy"
 
 
 def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, file: Path) -> None:
@@ -46,21 +47,23 @@ def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, fil
         PeerUnusable: The peer's environment does not hold what the benchmark needs.
     """
     # imported here: the command line shows its help without numpy and the encryption library
-    from scenarios import bench_seal
+    from scenarios import bench_privacy, bench_seal, bench_seal_targets
 
-    builders = {BenchmarkName.SEAL: bench_seal.build}
-    checks = {BenchmarkName.SEAL: bench_seal.require_capacity}
-    evaluators = {BenchmarkName.SEAL: evaluate}
     if file.is_dir() or not file.parent.is_dir():
         raise BenchmarkFailed("--json must name a file in a folder that exists")
-    checks[name](settings.sizes)
-    runs = []
-    for size in settings.sizes:
-        with tempfile.TemporaryDirectory(prefix="fedseal-bench-") as folder:
-            job = builders[name](size, settings.peer, Path(folder))
-            with console.status("starting the arms") as status:
+    with tempfile.TemporaryDirectory(prefix="fedseal-bench-") as folder:
+        if name is BenchmarkName.SEAL:
+            bench_seal.require_capacity(settings.sizes)
+            evaluate = bench_seal_targets.evaluate_seal
+            jobs = (bench_seal.build(size, settings.peer, Path(folder)) for size in settings.sizes)
+        else:
+            evaluate = bench_privacy.evaluate_privacy
+            jobs = (bench_privacy.build() for _ in range(1))
+        runs = []
+        with console.status("starting the arms") as status:
+            for job in jobs:
                 runs.append(run_job(job, settings.repetitions, status.update))
-    report = make_report(name.value, settings, runs, evaluators[name](runs))
+    report = make_report(name.value, settings, runs, evaluate(runs))
     try:
         file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError:

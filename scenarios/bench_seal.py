@@ -11,14 +11,9 @@ interchangeable, all clients seal in the rehearsal and the uploads of those that
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -28,6 +23,7 @@ from numpy.typing import NDArray
 from crypto.presets import packing_for
 from protocol.errors import BenchmarkFailed
 from scenarios.bench_arms import Arm, Figures, Job, Metric, Size
+from scenarios.bench_worker import peak_rss_mib, reset_peak, serve_arm
 from scenarios.seal_rounds import ROUNDS, UPDATE_RANGE, Opened, Round
 
 FLOAT32_BYTES: Final = 4.0
@@ -286,47 +282,15 @@ def _wrong_sums(opened: Opened, expected: NDArray[np.int64]) -> float | None:
     return float(np.count_nonzero(opened.integers.astype(np.int64) != expected))
 
 
-def reset_peak() -> None:
-    """Start a new peak of resident memory, where the system can; else the peak is the process' own."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+def _serve(name: str) -> None:
+    def make() -> Callable[[Mapping[str, Any]], Figures]:
+        player = Player(ROUNDS[name])
+        # imports what the arm needs
+        ROUNDS[name](2)
+        return player.measure
 
-
-def peak_rss_mib() -> float:
-    """Return the peak of resident memory in MiB.
-
-    Linux counts a parent's memory into a child's `getrusage`, therefore its own counter comes first.
-    """
-    try:
-        text = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(text.split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError):
-        import resource
-
-        unit = 1024**2 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def serve_arm(name: str) -> None:
-    """Answer requests from standard input until it ends; see `scenarios.bench_arms`."""
-    # libraries print warnings to file descriptor 1, which would break the answers
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    player = Player(ROUNDS[name])
-    # imports what the arm needs
-    ROUNDS[name](2)
-    packages = ("numpy", "flwr") if name == "secagg" else ("numpy", "tenseal")
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    ready = {"versions": {"python": platform.python_version(), **versions}, "idle_rss_mib": peak_rss_mib()}
-    print(json.dumps(ready), file=answers, flush=True)
-    for line in sys.stdin:
-        try:
-            answer: dict[str, Any] = {"figures": player.measure(json.loads(line))}
-        except Exception as error:
-            # only the kind: messages of libraries may hold paths
-            answer = {"error": type(error).__name__}
-        print(json.dumps(answer), file=answers, flush=True)
+    serve_arm(make, ("numpy", "flwr") if name == "secagg" else ("numpy", "tenseal"))
 
 
 if __name__ == "__main__":
-    serve_arm(sys.argv[1])
+    _serve(sys.argv[1])

@@ -23,7 +23,8 @@ from protocol.errors import BenchmarkFailed, CapacityExceeded, FedsealError, Ope
 from scenarios import bench_seal, seal_rounds
 from scenarios.bench import BenchmarkName, legend, run_benchmark, run_job, summarize, table
 from scenarios.bench_arms import MIN_REPETITIONS, Arm, ArmProcess, Figures, Job, Metric, Settings, Size
-from scenarios.bench_targets import TARGETS, evaluate, targets_table
+from scenarios.bench_seal_targets import TARGETS, evaluate_seal
+from scenarios.bench_targets import targets_table
 
 ROOT = Path(__file__).parents[2]
 PEER_SCRIPT = ROOT / "scenarios" / "peers" / "nvflare_seal.py"
@@ -310,7 +311,7 @@ def test_a_sum_that_is_too_large_to_check_is_not_claimed(
         for metric in ("max_abs_error", "wrong_integer_sums", "opener_cpu_s", "peak_rss_mib"):
             assert arm["summary"][metric] is None
         assert arm["summary"]["client_cpu_s"]["median"] > 0
-    assert evaluate([result])["sum_exact"]["value"] is None
+    assert evaluate_seal([result])["sum_exact"]["value"] is None
 
 
 # --- targets -----------------------------------------------------------------------------------------
@@ -346,7 +347,7 @@ def test_targets_are_met_or_missed_by_what_was_measured() -> None:
         made_run(1_000_000, 8, {**ours(), "nvflare": NVFLARE}),
         made_run(10_000_000, 2, {**ours(), "nvflare": NVFLARE}),
     ]
-    entries = evaluate(runs)
+    entries = evaluate_seal(runs)
     assert list(entries) == TARGET_KEYS
     values = {key: entry["value"] for key, entry in entries.items()}
     assert values["encrypt_vs_nvflare"] == pytest.approx(1 / 7)
@@ -365,18 +366,18 @@ def test_the_worst_run_counts() -> None:
         made_run(n, 8, {**ours(client), "nvflare": NVFLARE})
         for n, client in ((1_000_000, 1.2), (2_000_000, 1.5), (3_000_000, 1.1))
     ]
-    entry = evaluate(runs)["mask_overhead.8"]
+    entry = evaluate_seal(runs)["mask_overhead.8"]
     assert (entry["met"], entry["from"]) == (False, "2,000,000 parameters, 8 clients")
     assert entry["value"] == pytest.approx(0.5)
 
 
 def test_what_was_not_measured_has_no_value() -> None:
-    entries = evaluate([made_run(1_000_000, 8, ours())])
+    entries = evaluate_seal([made_run(1_000_000, 8, ours())])
     for key in ("encrypt_vs_nvflare", "add_vs_nvflare"):
         assert (entries[key]["value"], entries[key]["met"]) == (None, None)
         assert entries[key]["reason"] == "the peer was not measured"
     assert "no run with 10,000,000" in entries["rss_vs_nvflare.10M"]["reason"]
-    small = evaluate([made_run(1000, 8, {**ours(), "nvflare": NVFLARE})])
+    small = evaluate_seal([made_run(1000, 8, {**ours(), "nvflare": NVFLARE})])
     assert all(small[target.key]["value"] is None for target in TARGETS)
 
 
@@ -387,14 +388,14 @@ def test_one_wrong_sum_or_one_that_nobody_compared_is_not_exact(wrong: float | N
         del arms["compact"]["wrong_integer_sums"]
     else:
         arms["compact"]["wrong_integer_sums"] = wrong
-    entry = evaluate([made_run(10, 2, ours()), made_run(10, 8, arms)])["sum_exact"]
+    entry = evaluate_seal([made_run(10, 2, ours()), made_run(10, 8, arms)])["sum_exact"]
     assert (entry["value"], entry["met"]) == (False, False)
 
 
 def test_a_missed_target_is_printed_as_missed() -> None:
     console = Console(width=200, file=io.StringIO())
     with console.capture() as capture:
-        console.print(targets_table(evaluate([made_run(1_000_000, 8, ours())])))
+        console.print(targets_table(evaluate_seal([made_run(1_000_000, 8, ours())])))
     rows = {line.split(":")[0].strip(): line for line in capture.get().splitlines() if ":" in line}
     assert " missed " in rows["bytes_up.compact"]
     assert " met " in rows["bytes_up.exact16"]
