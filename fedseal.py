@@ -18,6 +18,7 @@ from rich.text import Text
 
 from console.certificates import home_app, pki_app
 from console.options import Home, PassphraseFile, ask_passphrase, console, read_plan
+from console.privacy import privacy_app
 from console.records import audit_app, data_app, ledger_app, package_app, plan_app, seal_app
 from protocol.environment import prepare_environment
 from protocol.errors import FedsealError
@@ -36,6 +37,7 @@ for name, group in (
     ("data", data_app),
     ("plan", plan_app),
     ("seal", seal_app),
+    ("privacy", privacy_app),
     ("ledger", ledger_app),
     ("package", package_app),
     ("audit", audit_app),

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from crypto.presets import broken_byte_promise
+
 COLUMNS = (
     ("round", 7, "right"),
     ("accuracy", 9, "right"),
@@ -91,6 +93,16 @@ class RunProgress:
         )
         self._console.print(Text(line, style="" if self._protected else "bold red"))
 
+    def _show_evaluation(self, facts: dict[str, Any]) -> None:
+        kind = "noised" if self._protected else "NOT NOISED"
+        if facts["accuracy"] is None:
+            figure = "too few records for this noise"
+        else:
+            figure = f"{facts['accuracy']:.3f} +- {facts['standard_error']:.3f}"
+        losses = [loss for loss in facts["epsilon"].values() if loss is not None]
+        text = f"    federated accuracy ({kind}) {figure}, epsilon spent {_losses(losses)}"
+        self._console.print(Text(text, style="cyan" if self._protected else "bold red"))
+
 
 def _losses(losses: list[float]) -> str:
     """Return what the owners spent; one figure where it is the same for all."""
@@ -142,7 +154,11 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def _encryption(he: dict[str, Any]) -> str:
-    return f"{he['scheme']} {he['preset']}, " + ("exact sums" if he["exact"] else "rounded sums")
+    text = f"{he['scheme']} {he['preset']}, " + ("exact sums" if he["exact"] else "rounded sums")
+    if he["frames"] == "packed":
+        return text
+    broken = broken_byte_promise(he["preset"], he["bytes_per_value"])
+    return text + ", frames in SEAL's own form" + (f": {broken}" if broken else "")
 
 
 def _loss(owner: dict[str, Any]) -> Text | str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from console.options import AsJson, Home, PlanFile, console, read_plan
+from console.options import AsJson, Home, PassphraseFile, PlanFile, console, read_plan
 
 plan_app = typer.Typer(help="Run plans.", no_args_is_help=True)
 seal_app = typer.Typer(help="Encryption of updates.", no_args_is_help=True)
@@ -34,6 +34,33 @@ def ledger_show(home: Home, as_json: AsJson = False) -> None:
     from console.show import show_ledger
 
     show_ledger(console, home, as_json=as_json)
+
+
+@ledger_app.command("verify")
+def ledger_verify(home: Home, passphrase_file: PassphraseFile = None, as_json: AsJson = False) -> None:
+    """Check every record and the head copy; with --passphrase-file, the heads that peers know too.
+
+    Exit 0 if all of it holds, 3 if the ledger is missing, damaged or older than a head that is known.
+    """
+    from console.ledger import verify_ledger
+
+    verify_ledger(console, home, passphrase_file, as_json=as_json)
+
+
+@ledger_app.command("adopt")
+def ledger_adopt(
+    home: Home,
+    epsilon: Annotated[float, typer.Option(min=0, help="What the lost records cost at most.")],
+    delta: Annotated[float, typer.Option(min=0, max=1, help="Likewise.")],
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Go on after records were lost for good, at a cost that you declare and that counts as spent.
+
+    Stop the node first. If you do not know what was lost, declare your whole caps.
+    """
+    from console.ledger import adopt_ledger
+
+    adopt_ledger(console, home, passphrase_file, epsilon, delta)
 
 
 @package_app.command("verify")

@@ -13,9 +13,11 @@ from rich.text import Text
 
 from console.progress import format_bytes
 from crypto.frames import SealContext
+from crypto.measuring import plan_context
 from crypto.packing import pack, quantize
-from crypto.presets import FRESH_NOISE, PRESETS, Packing, noise_limit, packing_for
+from crypto.presets import FRESH_NOISE, PRESETS, Packing, broken_byte_promise, noise_limit
 from crypto.secret import SealKey
+from protocol.accounting import mechanism
 from protocol.plan import Plan
 from tasks.registry import task_for
 from tasks.resolve import resolve
@@ -34,22 +36,28 @@ def seal_plan(plan: Plan, parameters: int | None = None) -> dict[str, Any]:
     """
     resolved = resolve(plan)
     count = parameters or task_for(resolved).initial_weights(resolved).size
-    packing = packing_for(resolved.encryption.preset, resolved.cohort.maximum)
+    context = plan_context(resolved)
+    packing = context.packing
     frames = packing.frames_for(count)
-    upload = frames * packing.frame_bytes
+    upload = frames * context.frame_bytes
+    each = context.frame_bytes / packing.values_per_frame
     return {
         "preset": packing.preset.name,
         "security_bits": packing.preset.security_bits,
         "parameters": count,
         "cohort": packing.cohort,
         "frames": frames,
+        "frame_format": resolved.encryption.frames,
+        "frame_bytes": context.frame_bytes,
+        "frame_bytes_per_value": each,
+        "broken_byte_promise": broken_byte_promise(packing.preset.name, each),
         "upload_bytes": upload,
         "upload_bytes_per_parameter": upload / count,
         "opener_download_bytes_per_parameter": packing.cohort * upload / count,
         "bits_per_value": math.log2(2 * packing.half_levels),
         "capacity": _capacity(packing),
         "rounding": _rounding(resolved, packing),
-        "cpu_seconds": frames * _seconds_per_frame(packing),
+        "cpu_seconds": frames * _seconds_per_frame(context),
     }
 
 
@@ -67,21 +75,29 @@ def _rounding(plan: Plan, packing: Packing) -> dict[str, float | None]:
     """Root mean square error of the mean's values from rounding, beside that from privacy noise."""
     step = plan.update_range / packing.half_levels
     owners = math.sqrt(packing.cohort)
-    privacy = plan.privacy
+    priced = mechanism(plan)
     noise = None
-    if privacy.noise_multiplier is not None:
-        per_step = privacy.noise_multiplier * privacy.max_grad_norm / privacy.expected_batch_size
-        noise = plan.training.learning_rate * per_step * math.sqrt(plan.training.local_steps) / owners
+    if priced is not None:
+        each = plan.noise_deviation(packing.cohort) * plan.update_scale
+        noise = each * math.sqrt(priced.steps) / owners
     return {"rounding_rms": _ROUNDING_RMS_STEPS * step / owners, "privacy_noise_rms": noise}
 
 
-def _seconds_per_frame(packing: Packing) -> float:
-    key = SealKey.generate(SealContext(packing))
+def _seconds_per_frame(context: SealContext) -> float:
+    key, packing = SealKey.generate(context), context.packing
     update = np.zeros(packing.values_per_frame * _TIMED_FRAMES)
     started = time.process_time()
     for slots in pack(quantize(update, 1.0, packing, np.zeros(update.size)), packing):
         key.encrypt(slots)
     return (time.process_time() - started) / _TIMED_FRAMES
+
+
+def _frames(facts: dict[str, Any]) -> str:
+    form = "packed without gaps" if facts["frame_format"] == "packed" else "in SEAL's own form"
+    broken = facts["broken_byte_promise"]
+    return (
+        f"{form}: {broken}" if broken else f"{form}, {facts['frame_bytes_per_value']:.2f} bytes per value"
+    )
 
 
 def show_seal_plan(console: Console, facts: dict[str, Any]) -> None:
@@ -93,6 +109,7 @@ def show_seal_plan(console: Console, facts: dict[str, Any]) -> None:
     for name, value in (
         ("preset", f"{facts['preset']}, {scheme}, {facts['security_bits']}-bit security class"),
         ("update", f"{facts['parameters']} parameters in {facts['frames']} frames"),
+        ("frames", _frames(facts)),
         (
             "an owner sends",
             f"{format_bytes(facts['upload_bytes'])}, "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +58,12 @@ def show_simulation(console: Console, scenario_file: Path, out: Path | None, rep
         one = scenario.model_copy(update={"seed": seed})
         with tempfile.TemporaryDirectory() as temporary:
             folder = out / f"seed-{seed}" if out and repeat > 1 else out or Path(temporary)
-            progress.show("stage", {"text": f"{scenario.owners} simulated owners, seed {seed}"})
-            accuracies.append(_simulate(one, plan, folder, progress))
+            who = (
+                "central training" if scenario.kind == "central" else f"{scenario.owners} simulated owners"
+            )
+            progress.show("stage", {"text": f"{who}, seed {seed}"})
+            with _tasks_shown(progress):
+                accuracies.append(_simulate(one, plan, folder, progress))
     known = [accuracy for accuracy in accuracies if accuracy is not None]
     if repeat > 1 and known:
         mean = sum(known) / len(known)
@@ -75,12 +82,35 @@ def _simulate(scenario: Any, plan: Plan, folder: Path, progress: RunProgress) ->
     watcher.start()
     try:
         simulation.run()
-        accuracy: float | None = simulation.store.attempts()[-1]["accuracy"]
+        accuracy: float | None = simulation.store.rounds()[-1]["accuracy"]
     finally:
         stop.set()
         watcher.join()
         simulation.close()
     return accuracy
+
+
+class _ProgressHandler(logging.Handler):
+    def __init__(self, progress: RunProgress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.show("step", {"text": record.getMessage()})
+
+
+@contextmanager
+def _tasks_shown(progress: RunProgress) -> Iterator[None]:
+    """Show what tasks log: preparing many images can take a minute."""
+    handler, logger = _ProgressHandler(progress), logging.getLogger("fedseal.tasks")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _watch(folder: Path, progress: RunProgress, stop: threading.Event) -> None:
@@ -134,11 +164,20 @@ def show_run(
 
 
 def warn_if_unprotected(console: Console, plan: Plan) -> None:
-    """Say in red that a plan without noise protects no record, and warn of CKKS."""
+    """Say in red that noise is missing or rests on others; warn of CKKS and of SEAL's own frames."""
+    from protocol.claims import assumption
+
     if plan.privacy.noise == "none":
         console.print(
             Text("privacy.noise = 'none': this run protects NO record", style="bold white on red")
         )
+    if plan.privacy.noise == "distributed":
+        console.print(Text(f"privacy.noise = 'distributed': {assumption(plan)}", style="bold red"))
+    if plan.encryption.frames == "seal":
+        text = (
+            "encryption.frames = 'seal': larger frames, which SEAL's parser reads; see docs/encryption.md"
+        )
+        console.print(Text(text, style="bold yellow"))
     if plan.encryption.preset == "ckks":
         text = "encryption.preset = 'ckks': sums are rounded, not exact, and seven times as large"
         console.print(Text(text, style="bold yellow"))
@@ -190,8 +229,9 @@ def show_pki(console: Console, pki: Path, *, as_json: bool) -> None:
 
 def show_plan(console: Console, plan: Plan, *, as_json: bool) -> None:
     """Print what follows from a plan: noise, privacy loss, bytes, capacity."""
-    from crypto.presets import packing_for
-    from protocol.accounting import epsilon_after
+    from crypto.measuring import plan_context
+    from protocol.claims import UNITS
+    from protocol.evaluation import planned_epsilon, planned_worst_epsilon, promised_loss
     from tasks.registry import task_for
     from tasks.resolve import resolve
 
@@ -201,17 +241,22 @@ def show_plan(console: Console, plan: Plan, *, as_json: bool) -> None:
         return
     warn_if_unprotected(console, resolved)
     parameters = task_for(resolved).initial_weights(resolved).size
-    packing = packing_for(resolved.encryption.preset, resolved.cohort.maximum)
-    frames = packing.frames_for(parameters)
-    upload = frames * packing.frame_bytes
-    epsilon = epsilon_after(resolved, resolved.paid_rounds)
+    context = plan_context(resolved)
+    packing = context.packing
+    upload = packing.frames_for(parameters) * context.frame_bytes
+    epsilon, worst = planned_epsilon(resolved), planned_worst_epsilon(resolved)
+    unit = resolved.privacy.unit
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in (
         ("plan hash", resolved.sha256()),
         ("parameters", f"{parameters}"),
+        ("unit of privacy", f"{unit}: {UNITS[unit]}"),
+        ("noise", resolved.privacy.noise),
         ("noise multiplier", f"{resolved.privacy.noise_multiplier}"),
         ("epsilon, spare rounds included", "no guarantee" if epsilon is None else f"{epsilon:.4f}"),
-        ("delta", f"{resolved.privacy.delta:g}"),
+        ("the same if all others collude", "no guarantee" if worst is None else f"{worst:.4f}"),
+        ("delta", f"{promised_loss(resolved)[1]:g}"),
+        ("federated evaluation", _evaluation(resolved)),
         (
             "an owner sends per round",
             f"{format_bytes(upload)}, {upload / parameters:.2f} bytes per parameter",
@@ -223,18 +268,23 @@ def show_plan(console: Console, plan: Plan, *, as_json: bool) -> None:
     console.print(table)
 
 
+def _evaluation(plan: Plan) -> str:
+    from protocol.evaluation import evaluation_epsilon
+
+    section = plan.evaluation
+    if section is None:
+        return "none"
+    loss = evaluation_epsilon(plan, plan.paid_evaluations)
+    price = "no guarantee" if loss is None else f"{loss:.4f} of the epsilon above"
+    return f"every {section.every} rounds, noise {section.noise_multiplier} on each count, {price}"
+
+
 def show_ledger(console: Console, home: Path, *, as_json: bool) -> None:
     """Verify an owner's ledger and print what it says."""
-    from client.ledger import Ledger
-    from client.owner import IDENTITY, LEDGER, POLICY
-    from client.policy import Policy
-    from protocol.errors import PolicyInvalid
+    from client.owner import open_ledger, read_policy
 
-    try:
-        policy = Policy.from_toml((home / POLICY).read_text(encoding="utf-8"))
-    except OSError:
-        raise PolicyInvalid("policy.toml cannot be read in this home folder") from None
-    ledger = Ledger.open(home / LEDGER / "ledger.db", policy, home / IDENTITY / "ledger.head")
+    policy = read_policy(home)
+    ledger = open_ledger(home, policy)
     try:
         _print_ledger(console, ledger, policy, as_json=as_json)
     finally:
@@ -242,32 +292,43 @@ def show_ledger(console: Console, home: Path, *, as_json: bool) -> None:
 
 
 def _print_ledger(console: Console, ledger: Any, policy: Any, *, as_json: bool) -> None:
+    from protocol.claims import EXPERIMENTAL, UNITS
+
     totals, head = ledger.totals(), ledger.head()
-    runs = {run: ledger.spent(run) for run in _runs(ledger)}
+    bodies = [record.body for record in ledger.records()]
+    runs = {body["run"]: ledger.spent(body["run"]) for body in bodies if body["kind"] == "open_run"}
+    adopted = [(body["epsilon"], body["delta"]) for body in bodies if body["kind"] == "adopt"]
     if as_json:
         dump_json(
             {
                 "dataset": policy.dataset,
+                "unit": totals.unit,
                 "epsilon": totals.epsilon,
+                "epsilon_worst": totals.epsilon_worst,
                 "delta": totals.delta,
                 "epsilon_total": policy.budget.epsilon_total,
+                "epsilon_worst_total": policy.budget.epsilon_worst,
                 "delta_total": policy.budget.delta_total,
                 "head": head.model_dump(mode="json"),
-                "runs": {
-                    run: {"epsilon": s.epsilon, "delta": s.delta, "sealed": s.sealed, "void": s.void}
-                    for run, s in runs.items()
-                },
+                "runs": {run: asdict(spent) for run, spent in runs.items()},
+                "adopted": [{"epsilon": epsilon, "delta": delta} for epsilon, delta in adopted],
             }
         )
         return
-    table = Table("run", "epsilon", "delta", "sealed", "void", title=f"dataset {policy.dataset}")
+    columns = ("run", "unit", "noise", "epsilon", "of it evaluation", "if all others collude", "delta")
+    table = Table(*columns, "sealed", "evaluated", "void", title=f"dataset {policy.dataset}")
     for run, spent in runs.items():
         unprotected = spent.epsilon is None
         cells = (
             run[:16],
+            spent.unit,
+            spent.noise,
             "NO PRIVACY" if unprotected else f"{spent.epsilon:.4f}",
+            "NO PRIVACY" if spent.evaluation_epsilon is None else f"{spent.evaluation_epsilon:.4f}",
+            "NO PRIVACY" if unprotected else f"{spent.epsilon_worst:.4f}",
             f"{spent.delta:g}",
             str(spent.sealed),
+            str(spent.sealed_evaluations),
             str(spent.void),
         )
         table.add_row(*(Text(cell, style="bold red" if unprotected else "") for cell in cells))
@@ -277,12 +338,19 @@ def _print_ledger(console: Console, ledger: Any, policy: Any, *, as_json: bool) 
         f"spent {totals.epsilon or 0.0:.4f} of {policy.budget.epsilon_total:g} epsilon, "
         f"{totals.delta:g} of {policy.budget.delta_total:g} delta; {remaining:.4f} epsilon remain"
     )
-    console.print(f"{head.sequence} records, chain verified, head {head.head[:16]}")
-
-
-def _runs(ledger: Any) -> list[str]:
-    bodies = [record.body for record in ledger.records()]
-    return [body["run"] for body in bodies if body["kind"] == "open_run"]
+    if totals.unit is not None:
+        console.print(f"epsilon is the loss of one {totals.unit}: {UNITS[totals.unit]}")
+    if totals.epsilon_worst != totals.epsilon:
+        cap = policy.budget.epsilon_worst
+        limit = "no cap is set" if cap is None else f"of {cap:g}"
+        text = (
+            f"{EXPERIMENTAL}: if all others collude, {totals.epsilon_worst:.4f} epsilon are spent, {limit}"
+        )
+        console.print(Text(text, style="bold red"))
+    for epsilon, delta in adopted:
+        text = f"of it {epsilon:.4f} epsilon and {delta:g} delta declared by the owner for lost records"
+        console.print(Text(text, style="bold red"))
+    console.print(f"{len(bodies)} records, chain verified, head {head.head[:16]}")
 
 
 def show_package(console: Console, package: Path, key_file: Path) -> None:

@@ -27,6 +27,7 @@ from protocol.errors import (
     CapacityExceeded,
     CertificateRefused,
     FedsealError,
+    LedgerRollback,
     NoiseTooSmall,
     PlanInvalid,
     PolicyInvalid,
@@ -51,7 +52,11 @@ PROMISED = {
     "home owner",
     "data digits",
     "plan check",
+    "privacy plan",
+    "privacy explain",
     "ledger show",
+    "ledger verify",
+    "ledger adopt",
     "package verify",
     "audit verify",
 }
@@ -351,6 +356,27 @@ class TestSimulation:
         outcome = cli("ledger", "show", "--home", home)
         assert outcome.status == 3
         assert "FS-LEDGER-01" in outcome.err
+
+    def test_ledger_is_verified_with_its_head_copy(self, cli: Cli, simulated: tuple[Outcome, Path]) -> None:
+        home = simulated[1] / "owners" / "owner-5"
+        text, fields = (
+            cli("ledger", "verify", "--home", home),
+            cli("ledger", "verify", "--home", home, "--json"),
+        )
+        assert text.status == fields.status == 0
+        shown = json.loads(fields.out)
+        assert f"{shown['records']} records form one chain" in text.out
+        assert shown["head"]["head"] in text.out
+        (home / "identity" / "ledger.head").unlink()
+        refused(cli("ledger", "verify", "--home", home), LedgerRollback, "head copy is missing")
+
+    def test_ledger_that_is_gone_is_not_begun_by_verifying(
+        self, cli: Cli, simulated: tuple[Outcome, Path]
+    ) -> None:
+        home = simulated[1] / "owners" / "owner-6"
+        (home / "ledger" / "ledger.db").unlink()
+        refused(cli("ledger", "verify", "--home", home), LedgerRollback, "no ledger")
+        assert not (home / "ledger" / "ledger.db").exists()
 
     def test_home_without_a_policy(self, cli: Cli, tmp_path: Path) -> None:
         refused(cli("ledger", "show", "--home", tmp_path), PolicyInvalid, "policy.toml")

@@ -26,12 +26,12 @@ from deploy.package import (
     COVERED,
     FileEntry,
     PackageParts,
-    PrivacyStatement,
     VerifiedPackage,
     load_session,
     verify_package,
     write_package,
 )
+from deploy.statement import PrivacyStatement
 from protocol.encoding import encode
 from protocol.errors import (
     CompressionRefused,
@@ -75,7 +75,7 @@ PLAN = plan_with(max_accuracy_drop=0.02)
 
 
 def privacy_of(plan: Plan) -> dict[str, Any]:
-    return PrivacyStatement.for_plan(plan, 2.75, 1e-5, "PLD").model_dump(mode="json")
+    return PrivacyStatement.for_plan(plan, 2.75, 2.75, 1e-5, "PLD").model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ class TestBuild:
     def test_no_noise_is_said_in_words(self):
         fields = PLAN.fields()
         fields["privacy"] |= {"noise": "none", "target_epsilon": None, "noise_multiplier": None}
-        statement = PrivacyStatement.for_plan(Plan.from_fields(fields), None, None, None)
+        statement = PrivacyStatement.for_plan(Plan.from_fields(fields), None, None, None, None)
         assert "WITHOUT differential privacy" in statement.statement
 
     def test_synthetic_inputs_are_seeded_and_in_range(self):
