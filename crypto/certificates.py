@@ -1,53 +1,51 @@
-"""The federation's X.509 authority: who is a member, and with which keys.
+"""What certificates say: who is a member, with which keys, and for what.
 
-An authority issues three kinds of leaf certificates, told apart by one extended key usage each: the
-coordinator's server certificate, an owner's transport certificate (TLS client) and an owner's signing
-certificate (Ed25519). The signing usage is fedseal's own, so neither certificate of an owner passes for
-the other. Nothing here touches a file; that is for `crypto.pki`. Source: RFC 5280.
+Each leaf certificate is for one role, told apart by its extended key usage; see `crypto.authority`. The
+signing and operator usages are fedseal's own, so that no certificate passes for another. Nothing here
+touches a file. Source: RFC 5280.
 """
 
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from datetime import UTC, datetime
+from typing import Any, Final, Literal, get_args
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
+from crypto.issued import issued_list, verify_issued
 from protocol.errors import CertificateRefused
 
 LeafKey = ec.EllipticCurvePublicKey | Ed25519PublicKey
-Role = Literal["authority", "server", "owner-transport", "owner-signing", "unknown"]
+LeafRole = Literal["server", "owner-transport", "owner-signing", "operator"]
+Role = LeafRole | Literal["authority", "unknown"]
 
 SIGNING_USAGE = x509.ObjectIdentifier("1.3.6.1.4.1.59999.1.1")
 """Extended key usage of an owner's signing certificate; known to fedseal alone."""
 
-CLOCK_SKEW = timedelta(minutes=5)
-"""How far in the past validity starts, for machines whose clocks lag."""
+OPERATOR_USAGE = x509.ObjectIdentifier("1.3.6.1.4.1.59999.1.2")
+"""Extended key usage of an operator's certificate, beside that of a TLS client."""
 
-MAX_DAYS = 36_500
+USAGES: Final[dict[LeafRole, tuple[x509.ObjectIdentifier, ...]]] = {
+    "server": (ExtendedKeyUsageOID.SERVER_AUTH,),
+    "owner-transport": (ExtendedKeyUsageOID.CLIENT_AUTH,),
+    "owner-signing": (SIGNING_USAGE,),
+    "operator": (ExtendedKeyUsageOID.CLIENT_AUTH, OPERATOR_USAGE),
+}
+"""The extended key usages of each role, in their order."""
+
+LEAF_ROLES: Final[tuple[LeafRole, ...]] = get_args(LeafRole)
 MAX_CERTIFICATE_BYTES = 16 * 1024
 
 _OWNER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-_AUTHORITY_NAME = re.compile(r"[ -~]{1,64}")
-_HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
-_USAGE_ROLES: dict[x509.ObjectIdentifier, Role] = {
-    ExtendedKeyUsageOID.SERVER_AUTH: "server",
-    ExtendedKeyUsageOID.CLIENT_AUTH: "owner-transport",
-    SIGNING_USAGE: "owner-signing",
-}
 _CHECKED = {ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE, ExtensionOID.EXTENDED_KEY_USAGE}
 
 
@@ -70,6 +68,14 @@ class OwnerCredentials:
 
 
 @dataclass(frozen=True)
+class OperatorCredentials:
+    """An operator's TLS key and certificate. The key is for that operator only."""
+
+    key: ec.EllipticCurvePrivateKey = field(repr=False)
+    certificate: x509.Certificate
+
+
+@dataclass(frozen=True)
 class Member:
     """An owner as its verified signing certificate names it, with the fingerprint that peers pin."""
 
@@ -77,127 +83,6 @@ class Member:
     fingerprint: str
     public_key: Ed25519PublicKey
     not_after: datetime
-
-
-@dataclass(frozen=True)
-class Authority:
-    """A certificate authority. Its key is for the person who admits members, never for the coordinator.
-
-    In every method `days` is 1 to `MAX_DAYS`, `now` is read from the clock when left out, a validity starts
-    `CLOCK_SKEW` earlier, and one that would outlast the authority ends with it.
-    """
-
-    certificate: x509.Certificate
-    private_key: ec.EllipticCurvePrivateKey = field(repr=False)
-
-    def issue_server(
-        self, name: str, names: Sequence[str], days: int, now: datetime | None = None
-    ) -> ServerCredentials:
-        """Make a TLS server key (EC P-384) and its certificate.
-
-        Args:
-            name: Common name, in the form of an owner's name. Clients look at `names` only.
-            names: Host names and IP addresses that clients connect to; at least one.
-            days: Validity.
-            now: The present.
-
-        Raises:
-            CertificateRefused: A name is not well-formed, or the authority has expired.
-        """
-        check_owner_name(name)
-        if not names:
-            raise CertificateRefused("a server certificate needs at least one host name")
-        key = ec.generate_private_key(ec.SECP384R1())
-        builder = self._leaf(name, key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH, days, now)
-        alternatives = x509.SubjectAlternativeName([_alternative_name(item) for item in names])
-        return ServerCredentials(key, self._sign(builder.add_extension(alternatives, critical=False)))
-
-    def issue_owner(self, name: str, days: int, now: datetime | None = None) -> OwnerCredentials:
-        """Make an owner's transport key (EC P-384) and signing key (Ed25519), each with a certificate.
-
-        Args:
-            name: The owner's name; see `check_owner_name`.
-            days: Validity of both certificates.
-            now: The present.
-
-        Raises:
-            CertificateRefused: The name is not well-formed, or the authority has expired.
-        """
-        check_owner_name(name)
-        transport_key = ec.generate_private_key(ec.SECP384R1())
-        transport = self._leaf(name, transport_key.public_key(), ExtendedKeyUsageOID.CLIENT_AUTH, days, now)
-        signing_key = Ed25519PrivateKey.generate()
-        signing = self._leaf(name, signing_key.public_key(), SIGNING_USAGE, days, now)
-        return OwnerCredentials(transport_key, self._sign(transport), signing_key, self._sign(signing))
-
-    def revocation_list(
-        self, revoked_serials: Iterable[int], days: int, now: datetime | None = None
-    ) -> x509.CertificateRevocationList:
-        """Sign the complete list of revoked certificates.
-
-        Args:
-            revoked_serials: Serial numbers of all revoked certificates, not only of new ones.
-            days: How long verifiers may rely on the list; after that they refuse everybody.
-            now: Time of issue and, less `CLOCK_SKEW`, revocation date of every entry.
-
-        Raises:
-            CertificateRefused: `days` is out of range, or the authority has expired.
-        """
-        now = now or datetime.now(UTC)
-        begin, end = _validity(days, now, self.certificate.not_valid_after_utc)
-        builder = (
-            x509.CertificateRevocationListBuilder()
-            .issuer_name(self.certificate.subject)
-            .last_update(begin)
-            .next_update(end)
-            .add_extension(_key_identifier(self.private_key), critical=False)
-            # Microseconds, so that two lists of one second still have rising numbers.
-            .add_extension(x509.CRLNumber(int(now.timestamp() * 1_000_000)), critical=False)
-        )
-        for serial in sorted(set(revoked_serials)):
-            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(begin)
-            builder = builder.add_revoked_certificate(entry.build())
-        return builder.sign(self.private_key, hashes.SHA384())
-
-    def _leaf(
-        self, name: str, key: LeafKey, usage: x509.ObjectIdentifier, days: int, now: datetime | None
-    ) -> x509.CertificateBuilder:
-        begin, end = _validity(days, now or datetime.now(UTC), self.certificate.not_valid_after_utc)
-        return (
-            _builder(_common_name(name), self.certificate.subject, key, begin, end)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(authority=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=usage == SIGNING_USAGE)
-            .add_extension(_key_identifier(self.private_key), critical=False)
-        )
-
-    def _sign(self, builder: x509.CertificateBuilder) -> x509.Certificate:
-        return builder.sign(self.private_key, hashes.SHA384())
-
-
-def create_authority(name: str, days: int, now: datetime | None = None) -> Authority:
-    """Make a self-signed authority (EC P-384, path length 0: it issues leaves only).
-
-    Args:
-        name: Common name, 1 to 64 printable ASCII characters.
-        days: Validity, 1 to `MAX_DAYS`.
-        now: Start of validity, less `CLOCK_SKEW`; the present when left out.
-
-    Raises:
-        CertificateRefused: The name or the number of days is out of range.
-    """
-    if _AUTHORITY_NAME.fullmatch(name) is None:
-        raise CertificateRefused("an authority's name is 1 to 64 printable ASCII characters")
-    key = ec.generate_private_key(ec.SECP384R1())
-    subject = _common_name(name)
-    begin, end = _validity(days, now or datetime.now(UTC), None)
-    builder = (
-        _builder(subject, subject, key.public_key(), begin, end)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(authority=True), critical=True)
-        .add_extension(_key_identifier(key), critical=False)
-    )
-    return Authority(builder.sign(key, hashes.SHA384()), key)
 
 
 def check_owner_name(name: str) -> None:
@@ -241,36 +126,55 @@ def verify_signing_certificate(
         public_key = certificate.public_key()
     except Exception:  # Hostile bytes raise a dozen types in the parser; each of them is a refusal.
         raise CertificateRefused("the bytes are not a certificate") from None
+    check_certificate(certificate, "owner-signing", authority, revocations, now)
+    if not isinstance(public_key, Ed25519PublicKey):
+        raise CertificateRefused("the key of a signing certificate must be Ed25519")
+    name = common_name(certificate.subject)
+    check_owner_name(name)
+    return Member(name, fingerprint(public_key), public_key, certificate.not_valid_after_utc)
+
+
+def check_certificate(
+    certificate: x509.Certificate,
+    role: LeafRole,
+    authority: x509.Certificate,
+    revocations: x509.CertificateRevocationList | None,
+    now: datetime,
+) -> None:
+    """Return if a certificate may be relied on for a role now; see `verify_signing_certificate`.
+
+    Raises:
+        CertificateRefused: Names the first condition that fails, and nothing of the certificate.
+    """
     if role_of(authority) != "authority":
         raise CertificateRefused("the trusted certificate is not an authority's")
     try:
-        certificate.verify_directly_issued_by(authority)
+        verify_issued(certificate, authority)
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         raise CertificateRefused("the certificate is not issued by this authority") from None
     _check_dates(authority, now, "authority's certificate")
     _check_dates(certificate, now, "certificate")
-    _check_signing_use(certificate)
-    if not isinstance(public_key, Ed25519PublicKey):
-        raise CertificateRefused("the key of a signing certificate must be Ed25519")
+    _check_use(certificate, role)
     if revocations is not None:
         check_revocations(revocations, authority, now)
         if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None:
             raise CertificateRefused("the certificate is revoked")
-    name = common_name(certificate.subject)
-    check_owner_name(name)
-    return Member(name, fingerprint(public_key), public_key, certificate.not_valid_after_utc)
+
+
+def check_key_type(role: LeafRole, key: object) -> None:
+    """Return if a key is of the type that a role has, else raise `CertificateRefused`."""
+    if role == "owner-signing":
+        if not isinstance(key, Ed25519PublicKey):
+            raise CertificateRefused("the key of a signing certificate must be Ed25519")
+    elif not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise CertificateRefused("the key of a TLS certificate must be EC P-384")
 
 
 def check_revocations(
     revocations: x509.CertificateRevocationList, authority: x509.Certificate, now: datetime
 ) -> None:
     """Return if a revocation list is the authority's own and fresh, else raise `CertificateRefused`."""
-    key = authority.public_key()
-    if (
-        revocations.issuer != authority.subject
-        or not isinstance(key, ec.EllipticCurvePublicKey)
-        or not revocations.is_signature_valid(key)
-    ):
+    if not issued_list(revocations.public_bytes(Encoding.DER), authority):
         raise CertificateRefused("the revocation list is not signed by this authority")
     if now < revocations.last_update_utc:
         raise CertificateRefused("the revocation list is not yet valid")
@@ -280,7 +184,7 @@ def check_revocations(
 
 def fingerprint(public_key: Ed25519PublicKey) -> str:
     """Return the SHA-256 of a public key's SubjectPublicKeyInfo (DER), as 64 lower-case hex digits."""
-    return _key_sha256(public_key)
+    return key_sha256(public_key)
 
 
 def role_of(certificate: x509.Certificate) -> Role:
@@ -294,9 +198,9 @@ def role_of(certificate: x509.Certificate) -> Role:
         usages = list(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except x509.ExtensionNotFound:
         return "authority" if is_authority else "unknown"
-    if is_authority or len(usages) != 1:
+    if is_authority:
         return "unknown"
-    return _USAGE_ROLES.get(usages[0], "unknown")
+    return next((role for role in LEAF_ROLES if usages == list(USAGES[role])), "unknown")
 
 
 def describe(certificate: x509.Certificate, now: datetime | None = None) -> dict[str, Any]:
@@ -313,7 +217,7 @@ def describe(certificate: x509.Certificate, now: datetime | None = None) -> dict
         "issuer": common_name(certificate.issuer),
         "role": role_of(certificate),
         "key_type": _key_type(key),
-        "sha256_fingerprint": _key_sha256(key),
+        "sha256_fingerprint": key_sha256(key),
         "serial": f"{certificate.serial_number:x}",
         "not_before": format_time(certificate.not_valid_before_utc),
         "not_after": format_time(certificate.not_valid_after_utc),
@@ -339,53 +243,26 @@ def _check_dates(certificate: x509.Certificate, now: datetime, what: str) -> Non
         raise CertificateRefused(f"the {what} has expired")
 
 
-def _check_signing_use(certificate: x509.Certificate) -> None:
-    if role_of(certificate) != "owner-signing":
-        raise CertificateRefused("the certificate is not for signing")
+def _check_use(certificate: x509.Certificate, role: LeafRole) -> None:
+    if role_of(certificate) != role:
+        wanted = "signing" if role == "owner-signing" else f"the role {role}"
+        raise CertificateRefused(f"the certificate is not for {wanted}")
     extensions = certificate.extensions
-    if any(item.critical and item.oid not in _CHECKED for item in extensions):
+    if role == "owner-signing" and any(item.critical and item.oid not in _CHECKED for item in extensions):
         raise CertificateRefused("the certificate has an unknown critical extension")
-    if _key_usage(authority=False) not in [item.value for item in extensions]:
-        raise CertificateRefused("the key usage of a signing certificate must be signatures alone")
+    if key_usage(authority=False) not in [item.value for item in extensions]:
+        raise CertificateRefused("the key usage of a certificate must be signatures alone")
 
 
-def _validity(days: int, now: datetime, limit: datetime | None) -> tuple[datetime, datetime]:
-    if not 1 <= days <= MAX_DAYS:
-        raise CertificateRefused(f"a validity is 1 to {MAX_DAYS} days")
-    if limit is not None and now >= limit:
-        raise CertificateRefused("the authority's certificate has expired")
-    end = now + timedelta(days=days)
-    return now - CLOCK_SKEW, end if limit is None else min(end, limit)
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, public_key: LeafKey, begin: datetime, end: datetime
-) -> x509.CertificateBuilder:
-    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(public_key)
-    builder = builder.serial_number(x509.random_serial_number())
-    builder = builder.not_valid_before(begin).not_valid_after(end)
-    return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-
-
-def _key_usage(*, authority: bool) -> x509.KeyUsage:
+def key_usage(*, authority: bool) -> x509.KeyUsage:
+    """Return what a key may do: an authority's certifies, every other key signs."""
     # In the order of RFC 5280, 4.2.1.3: digitalSignature first, keyCertSign and cRLSign sixth and seventh.
     return x509.KeyUsage(not authority, False, False, False, False, authority, authority, False, False)
 
 
-def _key_identifier(issuer: ec.EllipticCurvePrivateKey) -> x509.AuthorityKeyIdentifier:
-    return x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.public_key())
-
-
-def _common_name(name: str) -> x509.Name:
+def named(name: str) -> x509.Name:
+    """Return a subject or issuer that has this common name and nothing else."""
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-
-def _alternative_name(name: str) -> x509.GeneralName:
-    with suppress(ValueError):
-        return x509.IPAddress(ipaddress.ip_address(name))
-    if _HOST_NAME.fullmatch(name):
-        return x509.DNSName(name)
-    raise CertificateRefused("a server name is a lower-case host name or an IP address")
 
 
 def _key_type(key: CertificatePublicKeyTypes) -> str:
@@ -394,6 +271,7 @@ def _key_type(key: CertificatePublicKeyTypes) -> str:
     return "Ed25519" if isinstance(key, Ed25519PublicKey) else "other"
 
 
-def _key_sha256(key: CertificatePublicKeyTypes) -> str:
+def key_sha256(key: CertificatePublicKeyTypes) -> str:
+    """Return the SHA-256 of any public key's SubjectPublicKeyInfo (DER), as 64 lower-case hex digits."""
     der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(der).hexdigest()
