@@ -17,7 +17,17 @@ from rich.console import Console
 from rich.text import Text
 
 from console.certificates import home_app, pki_app
-from console.options import Home, PassphraseFile, ask_passphrase, console, read_plan
+from console.operations import log_app, operator_link
+from console.options import (
+    AsJson,
+    Home,
+    OperatorFolder,
+    OperatorPassphraseFile,
+    PassphraseFile,
+    ask_passphrase,
+    console,
+    read_plan,
+)
 from console.privacy import privacy_app
 from console.records import audit_app, data_app, ledger_app, package_app, plan_app, seal_app
 from protocol.environment import prepare_environment
@@ -39,6 +49,7 @@ for name, group in (
     ("seal", seal_app),
     ("privacy", privacy_app),
     ("ledger", ledger_app),
+    ("log", log_app),
     ("package", package_app),
     ("audit", audit_app),
 ):
@@ -111,10 +122,10 @@ def bench(
     name: Annotated[BenchmarkName, typer.Argument(help="Benchmark; see docs/benchmarks.md.")],
     file: Annotated[Path, typer.Option("--json", help="File for all figures.", dir_okay=False)],
     parameters: Annotated[
-        list[int] | None, typer.Option(min=1, help="Length of an update (1000000); may be repeated.")
+        list[int] | None, typer.Option(min=1, help="Length of an update; may be repeated.")
     ] = None,
     clients: Annotated[
-        list[int] | None, typer.Option(min=2, help="Clients of one sum (8); may be repeated.")
+        list[int] | None, typer.Option(min=2, help="Clients of one sum; may be repeated.")
     ] = None,
     repeat: Annotated[int, typer.Option(min=5, help="Measurements of every program.")] = 5,
     peer_python: Annotated[
@@ -125,11 +136,12 @@ def bench(
     ] = None,
 ) -> None:
     """Measure fedseal beside other systems, interleaved, by CPU time, bytes and memory."""
-    from scenarios.bench import run_benchmark
+    from scenarios.bench import DEFAULT_SIZES, run_benchmark
     from scenarios.bench_arms import Settings
 
-    lengths, cohorts = parameters or [1_000_000], clients or [8]
-    run_benchmark(console, name, Settings(lengths, cohorts, repeat, peer_python, peers), file)
+    length, cohort = DEFAULT_SIZES[name]
+    settings = Settings(parameters or [length], clients or [cohort], repeat, peer_python, peers)
+    run_benchmark(console, name, settings, file)
 
 
 # --- parties -----------------------------------------------------------------------------------------
@@ -173,19 +185,59 @@ def client(
 
 @app.command()
 def run(
-    plan: Annotated[Path, typer.Argument(help="The plan.toml to run.")],
     home: Home,
+    plan: Annotated[Path | None, typer.Argument(help="The plan.toml to run.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Name of a run's folder: go on after its last finished round.")
+    ] = None,
     public_data: Annotated[
         Path | None, typer.Option(help="Public examples for evaluation and for the package.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for package and report.")] = None,
+    operator: OperatorFolder = None,
     passphrase_file: PassphraseFile = None,
+    operator_passphrase_file: OperatorPassphraseFile = None,
 ) -> None:
-    """Submit a plan to the coordinator of this home, follow it, package the model, write the report."""
-    from console.show import show_run
+    """Submit a plan to the coordinator of this home, follow it, package the model, write the report.
 
+    Exit 11 if the run paused or was interrupted: --resume goes on with it.
+    """
+    from console.run import begin_run, resume_run
+
+    if (plan is None) == (resume is None):
+        raise typer.BadParameter("give either a plan.toml or --resume RUN")
+    checked = None if plan is None else read_plan(plan)
     passphrase = ask_passphrase(passphrase_file, "Passphrase of the coordinator's key")
-    show_run(console, home, read_plan(plan), public_data, out, passphrase)
+    link = operator_link(home, operator, operator_passphrase_file)
+    if checked is not None:
+        begin_run(console, home, checked, public_data, out, passphrase, link)
+    elif resume is not None:
+        resume_run(console, home, resume, out, passphrase, link)
+
+
+@app.command()
+def runs(
+    home: Home,
+    operator: OperatorFolder = None,
+    operator_passphrase_file: OperatorPassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the runs of the coordinator of this home."""
+    from console.operations import show_runs
+
+    show_runs(console, operator_link(home, operator, operator_passphrase_file), as_json=as_json)
+
+
+@app.command()
+def stop(
+    run: Annotated[str, typer.Argument(help="Name of the run's folder, as fedseal runs shows it.")],
+    home: Home,
+    operator: OperatorFolder = None,
+    operator_passphrase_file: OperatorPassphraseFile = None,
+) -> None:
+    """Stop a run; every finished round is kept."""
+    state = operator_link(home, operator, operator_passphrase_file).stop(run)
+    console.print(f"{run}: {state}")
 
 
 @app.command()

@@ -36,7 +36,7 @@ from protocol.messages import LedgerHead, Signed
 from protocol.plan import Plan
 from server.release import PRIVATE
 from server.store import RunStore
-from server.submit import IDENTITY, MEMBERS
+from server.home import IDENTITY, MEMBERS
 
 PACKAGES = (
     "fedseal",

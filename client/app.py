@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -36,6 +38,7 @@ from protocol.messages import (
 from protocol.records import from_record, to_record
 
 _LOG = logging.getLogger("fedseal.client")
+_PLACES = 6
 
 RequestMessage = RosterRequest | KeysRequest | FitRequest | SealRequest | OpenRequest | CloseRequest
 Answerer = Callable[[Owner, bytes, bytes], Answer]
@@ -86,20 +89,26 @@ def make_app(owner_of: Callable[[Context], Owner]) -> ClientApp:
 
 
 def _reply(answer: Answerer, owner: Owner, message: Message) -> Message:
-    kind = message.metadata.message_type
+    kind, started = message.metadata.message_type, time.monotonic()
     try:
         body, blob = from_record(message.content)
         answered = answer(owner, body, blob)
     except FedsealError as error:
         _LOG.warning("%s refused: %s", kind, error.explain())
         code = error.code
-    except Exception as error:  # the coordinator must not learn from the text of any failure
-        _LOG.error("%s failed: %s", kind, type(error).__name__, exc_info=error)
+    except Exception as error:  # its text may quote a record: it is for nobody, this node's log included
+        _LOG.error("%s failed: %s at %s", kind, type(error).__name__, _places(error))
         code = FedsealError.code
     else:
-        _LOG.info("%s answered", kind)
+        _LOG.info("%s answered in %.3f s", kind, time.monotonic() - started)
         return Message(to_record(answered.body, answered.blob), reply_to=message)
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, code), reply_to=message)
+
+
+def _places(error: BaseException) -> str:
+    """Return where an error was raised, innermost last: files, lines and functions, and no values."""
+    frames = traceback.extract_tb(error.__traceback__)[-_PLACES:]
+    return " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
 
 
 def _answer_join(owner: Owner, body: bytes, blob: bytes) -> Answer:
@@ -114,6 +123,8 @@ def _answer(exchange: Exchange, owner: Owner, body: bytes, blob: bytes) -> Answe
     state = _state(owner, request)
     known = owner.store.answer(state.run, digest)
     if known is not None:
+        if isinstance(request, FitRequest):
+            rounds.require_kept(owner, state, request.attempt)
         return known
     arguments = (owner, state, request, blob) if exchange.with_blob else (owner, state, request)
     outcome = exchange.step(*arguments)
@@ -132,6 +143,8 @@ def _state(owner: Owner, request: RequestMessage) -> RunState:
 
 def _store(owner: Owner, outcome: Outcome, digest: str, attempt: int) -> Answer:
     answer = Answer(outcome.reply.to_bytes(), outcome.blob)
+    if not outcome.lasting:
+        return answer
     owner.store.save(
         outcome.state,
         model=outcome.model,

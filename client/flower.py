@@ -9,44 +9,87 @@ from __future__ import annotations
 import importlib
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import httpx
 from flwr.app import Context, Message, RecordDict
 
 from crypto.certificates import OwnerCredentials
-from crypto.pki import ssl_key_file
-from protocol.errors import FlowerChanged, ServerUnavailable
+from crypto.identity import ssl_key_file
+from crypto.trust import REVOCATIONS
+from protocol.batches import ANSWER_PATH, INLINE_BYTES, RECEIVE_PATH, RawMessage, join_batch, split_batch
+from protocol.errors import CertificateRefused, FlowerChanged, ServerUnavailable
 
 PULL_BACKOFF_S = 0.02
 _CONNECT_RETRIES = 0
+_TIMEOUT_S = 30.0
+_SEND_AGAIN_S = (0.1, 0.3, 1.0, 3.0)
+_LIMITS = httpx.Limits(keepalive_expiry=60.0)
+"""Connections are kept while an owner trains, which takes longer than the five seconds of httpx; the
+coordinator keeps them for 75 seconds."""
 
 
 @dataclass(frozen=True)
 class FleetConnection:
     """Flower's fleet API as one node sees it.
 
+    The three calls may run in three threads at once.
+
     Attributes:
         node_id: The id that the coordinator gave this node; it stays with the transport key.
-        receive: Returns the next message of this node without its content, or None.
-        deliver: Fetches a message's content, runs an app on it, and sends the app's reply.
+        receive: Waits for the next message of this node and returns it; None if none came in some seconds.
+        answer: Runs an app on a message and returns its reply, ready to be sent.
+        send: Sends a reply.
     """
 
     node_id: int
-    receive: Callable[[], Any]
-    deliver: Callable[[Any, Callable[[Message, Context], Message]], None]
+    receive: Callable[[], Message | None]
+    answer: Callable[[Message, Callable[[Message, Context], Message]], Reply]
+    send: Callable[[Reply], None]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply as it leaves the node.
+
+    Attributes:
+        received: Id of the message that it answers.
+        message: The reply without its content.
+        tree: The ids of the objects that its content consists of.
+        objects: These objects, by id.
+        seconds: How long the app took.
+    """
+
+    received: str
+    message: Message
+    tree: Any
+    objects: dict[str, Any]
+    seconds: float
 
 
 def tls_context(
     authority_file: Path, certificate_file: Path, credentials: OwnerCredentials
 ) -> ssl.SSLContext:
-    """Return a TLS 1.3 context that shows this owner's certificate and trusts one authority only."""
+    """Return a TLS 1.3 context that shows this owner's certificate and trusts one authority only.
+
+    A coordinator whose certificate is on the revocation list beside `authority_file` is refused, and every
+    coordinator once that list is stale.
+
+    Raises:
+        CertificateRefused: One of the two files cannot be read.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(authority_file)
+    try:
+        context.load_verify_locations(authority_file)
+        context.load_verify_locations(authority_file.with_name(REVOCATIONS))
+    except OSError:
+        raise CertificateRefused("ca.crt or crl.pem cannot be read") from None
+    context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_CRL_CHECK_LEAF
     with ssl_key_file(credentials.transport_key) as (key_file, password):
         context.load_cert_chain(certificate_file, key_file, password)
     return context
@@ -79,6 +122,8 @@ def fleet_connection(
     except (ImportError, AttributeError) as error:
         raise FlowerChanged("the fleet connection cannot be built") from error
 
+    made: list[Any] = []
+
     class CertifiedClient(client_class):  # type: ignore[misc]
         @classmethod
         def from_server_address(
@@ -90,12 +135,16 @@ def fleet_connection(
             *,
             retry_invoker: Any = None,
         ) -> Any:
-            return cls(
+            client = cls(
                 f"https://{server_address}",
                 interceptors=interceptors,
                 verify=context,
                 retry_invoker=retry_invoker,
             )
+            client._client.close()
+            client._client = httpx.Client(verify=context, timeout=_TIMEOUT_S, limits=_LIMITS)
+            made.append(client)
+            return client
 
     keys = (credentials.transport_key, credentials.transport_key.public_key())
     fleet.FleetHttpClient, fleet.flwr_exit = CertifiedClient, _give_up
@@ -103,9 +152,9 @@ def fleet_connection(
         with fleet.http_request_response(
             address, False, None, keys, max_retries=_CONNECT_RETRIES
         ) as callbacks:
-            node_id, receive, *rest = callbacks
-            delivery = _Delivery(node_id, *rest)
-            yield FleetConnection(node_id, _unless_run_ended(receive), _unless_run_ended(delivery.deliver))
+            node_id, _receive, _send, _get_run, _get_fab, *objects = callbacks
+            relay = _Relay(node_id, made[-1], *objects)
+            yield FleetConnection(node_id, relay.receive, relay.answer, relay.send)
     finally:
         fleet.FleetHttpClient, fleet.flwr_exit = client_class, process_exit
 
@@ -115,78 +164,143 @@ def _give_up(*_arguments: Any, **_options: Any) -> NoReturn:
     raise ServerUnavailable("the coordinator does not answer or refuses this node") from None
 
 
-def _unless_run_ended(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return None where Flower says that the run has ended, which it does with a BaseException."""
-    from flwr.supercore.run import RunNotRunningException
+class _Relay:
+    """Moves messages with their objects in, and replies with theirs out, by the coordinator's batches.
 
-    def guarded(*arguments: Any) -> Any:
-        try:
-            return call(*arguments)
-        except RunNotRunningException:
-            return None
-
-    return guarded
-
-
-class _Delivery:
-    """Moves one message's objects in and its reply's objects out.
-
-    Assumes Flower's inflatable objects: a message is a tree of objects, each fetched by id.
+    Assumes Flower's inflatable objects: a message is a tree of objects, each with an id of its own. What
+    does not fit into a batch is moved object by object, by Flower's own requests. The run's bundle is
+    never fetched: this node runs its own code.
     """
 
-    def __init__(self, node_id: int, send: Any, get_run: Any, get_fab: Any, *objects: Any) -> None:
-        del get_run, get_fab  # the run's bundle is never fetched: this node runs its own code
+    def __init__(self, node_id: int, client: Any, pull: Any, push: Any, _confirm: Any) -> None:
         self._node_id = node_id
-        self._send = send
-        self._pull, self._push, self._confirm = objects
+        self._client = client
+        self._pull, self._push = pull, push
 
-    def deliver(self, received: Any, app: Callable[[Message, Context], Message]) -> None:
+    def receive(self) -> Message | None:
+        from flwr.proto.fleet_pb2 import PullMessagesResponse
+
+        answer = split_batch(_unless_run_ended(self._asked, RECEIVE_PATH, []) or b"")
+        if not answer:
+            return None
+        found = PullMessagesResponse.FromString(answer[0])
+        return self._inflated(found.messages_list[0], found.message_object_trees[0], answer[1:])
+
+    def _inflated(self, proto: Any, tree: Any, contents: Sequence[bytes]) -> Message | None:
+        from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+        from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+
+        identifier, run_id = proto.metadata.message_id, proto.metadata.run_id
+        keys = [item.object_id for item in iterate_object_tree(tree)]
+        held = dict(zip(keys, contents, strict=True))
+        missing = [key for key, content in held.items() if not content]
+        pulled = _unless_run_ended(
+            pull_objects,
+            missing,
+            lambda key: self._pull(run_id, key),
+            max_concurrent_pulls=1,
+            initial_backoff=PULL_BACKOFF_S,
+            backoff_cap=1.0,
+        )
+        if pulled is None:
+            return None
+        held.update(pulled)
+        full = inflate_object_from_contents(identifier, held)
+        if not isinstance(full, Message):
+            raise FlowerChanged("a message does not inflate to a message")
+        full.metadata.__dict__["_message_id"] = identifier
+        return full
+
+    def answer(self, message: Message, app: Callable[[Message, Context], Message]) -> Reply:
         from flwr.app.message import remove_content_from_message
         from flwr.supercore.inflatable.inflatable_object import (
             get_all_nested_objects,
             get_object_tree,
             no_object_id_recompute,
         )
-        from flwr.supercore.inflatable.inflatable_utils import push_objects
         from flwr.supercore.task_identity import TaskIdentity
 
-        started = time.monotonic()
-        message, tree = received
-        run_id = message.metadata.run_id
+        started, run_id = time.monotonic(), message.metadata.run_id
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self._node_id, run_id
-        full = self._fetch(message, tree)
         context = Context(
             run_id=run_id, node_id=self._node_id, node_config={}, state=RecordDict(), run_config={}
         )
-        reply = app(full, context)
+        reply = app(message, context)
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
-            wanted, session = self._send(
-                remove_content_from_message(reply), get_object_tree(reply), time.monotonic() - started
-            )
-            push_objects(
+            return Reply(
+                message.metadata.message_id,
+                remove_content_from_message(reply),
+                get_object_tree(reply),
                 get_all_nested_objects(reply),
-                lambda identifier, content: self._push(run_id, session, identifier, content),
-                object_ids_to_push=wanted,
+                time.monotonic() - started,
             )
 
-    def _fetch(self, message: Any, tree: Any) -> Message:
-        from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-        from flwr.supercore.inflatable.inflatable_utils import (
-            inflate_object_from_contents,
-            pull_objects,
-        )
+    def send(self, reply: Reply) -> None:
+        from flwr.common.serde import message_to_proto
+        from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
+        from flwr.proto.node_pb2 import Node
+        from flwr.supercore.inflatable.inflatable_object import no_object_id_recompute
+        from flwr.supercore.inflatable.inflatable_utils import push_objects
 
-        identifier, run_id = message.metadata.message_id, message.metadata.run_id
-        contents = pull_objects(
-            [item.object_id for item in iterate_object_tree(tree)],
-            pull_object_fn=lambda key: self._pull(run_id, key),
-            initial_backoff=PULL_BACKOFF_S,
-            backoff_cap=1.0,
+        request = PushMessagesRequest(
+            node=Node(node_id=self._node_id),
+            messages_list=[message_to_proto(reply.message)],
+            message_object_trees=[reply.tree],
+            clientapp_runtime_list=[reply.seconds],
         )
-        full = inflate_object_from_contents(identifier, contents)
-        if not isinstance(full, Message):
-            raise FlowerChanged("a message does not inflate to a message")
-        full.metadata.__dict__["_message_id"] = identifier
-        self._confirm(run_id, identifier)
-        return full
+        with no_object_id_recompute():
+            items = [reply.received.encode(), request.SerializeToString(), *_contents(reply.objects)]
+            answered = _unless_run_ended(self._delivered, items)
+            if answered is None:
+                return
+            stored = PushMessagesResponse.FromString(split_batch(answered)[0])
+            run_id = reply.message.metadata.run_id
+            _unless_run_ended(
+                push_objects,
+                reply.objects,
+                lambda key, content: self._push(run_id, stored.session_id, key, content),
+                object_ids_to_push=set(stored.objects_to_push),
+                max_concurrent_pushes=1,
+            )
+
+    def _delivered(self, items: list[bytes]) -> bytes:
+        """Send an answer, again where its connection breaks; what came twice is one answer."""
+        for pause in _SEND_AGAIN_S:
+            try:
+                return self._asked(ANSWER_PATH, items)
+            except httpx.TransportError:
+                time.sleep(pause)
+        return self._asked(ANSWER_PATH, items)
+
+    def _asked(self, path: str, items: Iterable[bytes]) -> bytes:
+        request = RawMessage(join_batch(items))
+        answer = self._client._unary_unary(
+            path=path, rpc_method=path, request=request, response_type=RawMessage
+        )
+        return bytes(answer.content)
+
+
+def _contents(objects: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the content of objects as far as it fits into a batch."""
+    left = INLINE_BYTES
+    for one in objects.values():
+        content = one.deflate()
+        left -= len(content)
+        if left < 0:
+            return
+        yield content
+
+
+def _unless_run_ended(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Return None where Flower says that the run has ended: by a BaseException, or by status 403."""
+    from flwr.supercore.run import RunNotRunningException
+
+    try:
+        return call(*arguments, **options)
+    except RunNotRunningException:
+        return None
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.FORBIDDEN:
+            raise
+        return None

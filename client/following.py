@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -53,7 +54,7 @@ def follow(
             if finished == state.round:
                 continue
             raise ModelMismatch("a step does not start from this owner's model")
-        integers = np.frombuffer(sums, dtype="<u4").astype(np.uint64)
+        integers = np.frombuffer(sums, dtype="<u4")
         mean = opened_mean(plan, integers, body.contributors, body.total_weight)
         model = apply_update(model, mean, plan.server_optimizer)
         finished += 1
@@ -61,7 +62,7 @@ def follow(
 
 
 def opened_mean(
-    plan: Plan, sums: NDArray[np.uint64], contributors: int, total_weight: float | None = None
+    plan: Plan, sums: NDArray[np.unsignedinteger[Any]], contributors: int, total_weight: float | None = None
 ) -> NDArray[np.float64]:
     """Return the mean update that opened sums of a plan stand for; see `mean_update`."""
     packing = packing_for(plan.encryption.preset, plan.cohort.maximum)

@@ -22,7 +22,7 @@ from client.owner import IDENTITY, Owner, open_ledger, open_store, read_policy
 from client.spending import Totals
 from client.state import StateStore
 from crypto.certificates import fingerprint
-from crypto.pki import load_owner
+from crypto.identity import load_owner
 from crypto.signing import signed_head
 from protocol.errors import EncodingInvalid, LedgerOutrun, SignatureInvalid
 from protocol.messages import LedgerHead, Signed

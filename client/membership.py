@@ -28,7 +28,7 @@ def certified_member(owner: Owner, reply: JoinReply) -> Member:
         SignatureInvalid: The join names another signer.
     """
     member = verify_signing_certificate(
-        reply.certificate, owner.authority, owner.revocations, datetime.now(UTC)
+        reply.certificate, owner.trust.authority, owner.trust.revocations, datetime.now(UTC)
     )
     if reply.join.signer != member.fingerprint:
         raise SignatureInvalid("a join is not signed by the certified key")

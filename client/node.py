@@ -9,17 +9,24 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
+
+from flwr.app import Context, Message
 
 from client.app import make_app
-from client.flower import fleet_connection, tls_context
+from client.coordinator import CoordinatorWatch
+from client.flower import FleetConnection, fleet_connection, tls_context
 from client.owner import IDENTITY, Owner, open_owner
-from protocol.errors import ServerUnavailable
+from protocol.errors import CertificateRefused, ServerUnavailable
 
 _LOG = logging.getLogger("fedseal.client")
-_ACTIVE_POLL_S, _IDLE_POLL_S, _ACTIVE_FOR_S = 0.03, 0.5, 10.0
+_STOP_CHECK_S = 0.2
+T = TypeVar("T")
 _FIRST_RECONNECT_S, _LAST_RECONNECT_S = 0.5, 15.0
 
 
@@ -34,6 +41,7 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
 
     Raises:
         ServerUnavailable: The coordinator is not there and `keep_trying` is off.
+        CertificateRefused: The revocation list is missing or stale and `keep_trying` is off.
         FedsealError: The owner's home cannot be opened.
     """
     stop = threading.Event()
@@ -45,7 +53,7 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
             try:
                 _serve(owner, home, address, stop)
                 pause = _FIRST_RECONNECT_S
-            except ServerUnavailable as error:
+            except (ServerUnavailable, CertificateRefused) as error:
                 if not keep_trying:
                     raise
                 _LOG.warning("%s; trying again in %.1f s", error, pause)
@@ -57,19 +65,68 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
 
 def _serve(owner: Owner, home: Path, address: str, stop: threading.Event) -> None:
     identity = home / IDENTITY
-    context = tls_context(identity / "ca.crt", identity / "transport.crt", owner.credentials)
+    context = partial(tls_context, identity / "ca.crt", identity / "transport.crt", owner.credentials)
     app = make_app(lambda _context: owner)
-    with fleet_connection(address, context, owner.credentials) as connection:
+    watch = CoordinatorWatch(owner.trust, address, context)
+    with fleet_connection(address, context(), owner.credentials) as connection:
         _LOG.info("node of %s is connected", owner.name)
-        last_message = time.monotonic()
-        while not stop.is_set():
-            received = connection.receive()
-            if received is not None:
-                connection.deliver(received, app)
-                last_message = time.monotonic()
-                continue
-            active = time.monotonic() - last_message < _ACTIVE_FOR_S
-            stop.wait(_ACTIVE_POLL_S if active else _IDLE_POLL_S)
+        relay(connection, app, stop, watch.check)
+
+
+def relay(
+    connection: FleetConnection,
+    app: Callable[[Message, Context], Message],
+    stop: threading.Event,
+    check: Callable[[], None],
+) -> None:
+    """Answer a coordinator's messages, one after the other, until told to stop.
+
+    The next message comes in while one is answered, and a reply leaves meanwhile.
+
+    Args:
+        connection: From `client.flower.fleet_connection`.
+        app: Answers a message.
+        stop: Set to stop.
+        check: Called several times a second; whatever it raises ends this.
+    """
+    receiving, sending = _begin(connection.receive), _begin(lambda: None)
+
+    def check_all() -> None:
+        check()
+        if sending.done():
+            sending.result()
+
+    while _is_done(receiving, stop, check_all):
+        message = receiving.result()
+        receiving = _begin(connection.receive)
+        if message is not None:
+            reply = connection.answer(message, app)
+            sending.result()
+            sending = _begin(connection.send, reply)
+    sending.result()
+
+
+def _begin(call: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Run a call in a thread that does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _is_done(future: Future[Any], stop: threading.Event, check: Callable[[], None]) -> bool:
+    """Wait for a call; return False if the node is to stop first."""
+    while not stop.is_set():
+        check()
+        if wait([future], _STOP_CHECK_S).done:
+            return True
+    return False
 
 
 def _stop_on_signals(stop: threading.Event) -> None:

@@ -11,12 +11,12 @@ Home folder of an owner::
 from __future__ import annotations
 
 import secrets
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cryptography import x509
 from numpy.typing import NDArray
 
 from client.holdout import Holdout
@@ -24,7 +24,9 @@ from client.ledger import Adoption, Ledger
 from client.policy import Policy
 from client.state import StateStore
 from crypto.certificates import OwnerCredentials, common_name, fingerprint
-from crypto.pki import load_owner, load_trust
+from crypto.identity import load_owner
+from crypto.sealing import RunningSum
+from crypto.trust import Trust, load_trust
 from crypto.vault import StorageBox, derive_storage_key, write_private
 from protocol.errors import PolicyInvalid
 from protocol.messages import Purpose
@@ -55,30 +57,72 @@ class PendingUpdate:
 
 
 @dataclass
+class SealingUpdate:
+    """An update between the first and the last part of `train.seal`; in memory only.
+
+    Attributes:
+        attempt: The attempt that paid for it.
+        list_hash: The list that it is sealed for.
+        parts: The frame positions of each part.
+        frames: Gives the next frame; the values are erased behind the last one.
+        digests: SHA-256 of the frames so far.
+        done: Parts that were sealed, and whose answers are stored.
+    """
+
+    attempt: int
+    list_hash: str
+    parts: Sequence[range]
+    frames: Generator[bytes, None, None]
+    digests: list[str] = field(default_factory=list)
+    done: int = 0
+
+
+@dataclass
+class OpeningSum:
+    """A sum between the first and the last part of `query.open`; in memory only.
+
+    Attributes:
+        attempt: The attempt that it is the sum of.
+        headers_hash: The headers whose frames are added.
+        digests: For each owner of the list, the signed SHA-256 of each of its frames.
+        total: What was added so far.
+        missing: Parts that are still to come.
+    """
+
+    attempt: int
+    headers_hash: str
+    digests: Sequence[Sequence[bytes]]
+    total: RunningSum
+    missing: set[int]
+
+
+@dataclass
 class Owner:
     """Everything that an owner's handlers need.
 
     Attributes:
         name: Name in the owner's certificates.
         credentials: Transport and signing keys with their certificates.
-        authority: Certificate of the authority that says who is a member.
-        revocations: The authority's revocation list.
+        trust: The authority that says who is a member, and its newest revocation list.
         policy: What this owner allows.
         ledger: What this owner has spent.
         store: Protocol state.
         data_file: The owner's examples.
         pending: The updates in memory, by the run that paid for them.
+        sealing: The updates that are being sealed part by part, by run.
+        opening: The sums that are being added part by part, by run.
     """
 
     name: str
     credentials: OwnerCredentials
-    authority: x509.Certificate
-    revocations: x509.CertificateRevocationList
+    trust: Trust
     policy: Policy
     ledger: Ledger
     store: StateStore
     data_file: Path
     pending: dict[str, PendingUpdate] = field(default_factory=dict)
+    sealing: dict[str, SealingUpdate] = field(default_factory=dict)
+    opening: dict[str, OpeningSum] = field(default_factory=dict)
     _examples: dict[str, Examples] = field(default_factory=dict)
 
     @property
@@ -119,6 +163,8 @@ class Owner:
     def close(self) -> None:
         """Release files. Pending updates vanish with the process."""
         self.pending.clear()
+        self.sealing.clear()
+        self.opening.clear()
         self.ledger.close()
         self.store.close()
 
@@ -146,8 +192,7 @@ def open_owner(home: Path, passphrase: bytes) -> Owner:
     return Owner(
         name=name,
         credentials=credentials,
-        authority=trust.authority,
-        revocations=trust.revocations,
+        trust=trust,
         policy=policy,
         ledger=open_ledger(home, policy),
         store=open_store(home, passphrase),

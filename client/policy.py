@@ -6,7 +6,6 @@ touches data, and no message of a coordinator can change the policy.
 
 from __future__ import annotations
 
-import tomllib
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from protocol.encoding import Digest
 from protocol.errors import PolicyInvalid, PolicyRefused
 from protocol.evaluation import planned_epsilon, planned_worst_epsilon, promised_loss
-from protocol.plan import Plan, first_problem
+from protocol.plan import Plan, first_problem, toml_fields
 from protocol.sections import Name, Positive
 
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -153,9 +152,11 @@ class Policy(Section):
             PolicyInvalid: Names the first wrong field and why.
         """
         try:
-            return cls.model_validate(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+            fields = toml_fields(text)
+        except ValueError as error:
             raise PolicyInvalid(f"not TOML: {error}") from None
+        try:
+            return cls.model_validate(fields)
         except ValidationError as error:
             raise PolicyInvalid(first_problem(error)) from None
 

@@ -9,27 +9,39 @@ reply. The caller stores both before the reply leaves the node.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import islice
 
 from client.contribution import Floats, contribute, with_share
 from client.evaluation import count_range, noised_counts, require_due, require_planned
 from client.following import follow
 from client.heads import require_held
-from client.membership import check_round_list
+from client.membership import RoundList, check_round_list
 from client.noise import SecureStream
-from client.opening import frames_hash
-from client.owner import Owner, PendingUpdate
-from client.state import Outcome, RunState
+from client.owner import Owner, PendingUpdate, SealingUpdate
+from client.state import Answer, Outcome, RunState
 from crypto.graph import neighbours
 from crypto.masks import MaskContext, advance
 from crypto.measuring import plan_context
 from crypto.packing import clipped_share
+from crypto.parts import seal_parts
 from crypto.presets import packing_for
 from crypto.sealing import masks_for, seal_frames
 from crypto.secret import SealKey
 from crypto.signing import sign
+from protocol.encoding import digest as digest_of
+from protocol.encoding import digest_bytes
 from protocol.errors import AttemptRefused, ModelMismatch, ProtocolViolation, RosterRefused
-from protocol.messages import FitReply, FitRequest, Header, Purpose, Ready, SealReply, SealRequest
+from protocol.messages import (
+    FitReply,
+    FitRequest,
+    Header,
+    Purpose,
+    Ready,
+    SealReply,
+    SealRequest,
+    Signed,
+)
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 
@@ -82,8 +94,23 @@ def _contribution(owner: Owner, plan: Plan, purpose: Purpose, model: GlobalModel
     return contribute(task, plan, model.weights, owner.examples(plan))
 
 
+def require_kept(owner: Owner, state: RunState, attempt: int) -> None:
+    """Check that what this owner said to be ready is there: it is in memory, and a restart loses it.
+
+    Raises:
+        AttemptRefused: It is lost. Who said it again would be listed, and make the attempt void.
+    """
+    pending = owner.pending.get(state.run)
+    if str(attempt) not in state.sealed and (pending is None or pending.attempt != attempt):
+        raise AttemptRefused("the contribution to this attempt was lost in a restart")
+
+
 def discard_pending(owner: Owner, state: RunState) -> None:
     """Erase an update that was never sealed, and refund its attempt after that."""
+    sealing = owner.sealing.pop(state.run, None)
+    if sealing is not None:
+        _LOG.warning("attempt %d was given up while it was sealed", sealing.attempt)
+    owner.opening.pop(state.run, None)
     pending = owner.pending.pop(state.run, None)
     if pending is None:
         return
@@ -93,23 +120,55 @@ def discard_pending(owner: Owner, state: RunState) -> None:
 
 
 def seal(owner: Owner, state: RunState, request: SealRequest) -> Outcome:
-    """Quantize, mask and encrypt this attempt's update for exactly one list.
+    """Quantize, mask and encrypt this attempt's update for exactly one list, and answer one part of it.
+
+    The first request for any part settles the list for good. Parts are sealed in their order; those before
+    the one that is asked for are stored, each as the answer to its own request, so that parts may be asked
+    for in any order and again, and nothing is encrypted twice. If the process ends before the last part,
+    the rest cannot be made any more, and the attempt is void.
 
     Raises:
-        AttemptRefused: There is no such contribution, or it was sealed before.
+        AttemptRefused: There is no such contribution or part, or it was sealed for another list.
         RosterRefused: The list is not acceptable.
         ModelMismatch, ProtocolViolation: The list is for another model or purpose.
     """
+    sealing, heads = owner.sealing.get(state.run), list[Signed]()
     pending = owner.pending.get(state.run)
-    if pending is None or pending.attempt != request.attempt or str(request.attempt) in state.sealed:
+    if pending is None or pending.attempt != request.attempt:
         raise AttemptRefused("there is no unsealed update for this attempt")
     listed = check_round_list(owner, state, request.attempt, request.ready)
+    if sealing is None:
+        sealing, state = _begin(owner, state, request, listed, pending)
+        heads = [*(member.join for member in state.members), *request.ready]
+    if sealing.list_hash != listed.sha256 or request.part >= len(sealing.parts):
+        raise AttemptRefused("this update is sealed for another list, or has no such part")
+    if len(sealing.parts) > 1 and sealing.done == 0:
+        # from here on parts leave one by one, and the next process must not seal this attempt again
+        owner.store.save(state, heads=heads)
+    while sealing.done < request.part:
+        earlier = request.model_copy(update={"part": sealing.done})
+        answer = Answer(*_next_part(owner, state, sealing, listed))
+        digest = digest_bytes(earlier.to_bytes())
+        owner.store.keep_answer(state.run, digest, request.attempt, answer)
+    body, blob = _next_part(owner, state, sealing, listed)
+    return Outcome(state, SealReply.from_bytes(body), blob, heads=heads)
+
+
+def _begin(
+    owner: Owner, state: RunState, request: SealRequest, listed: RoundList, pending: PendingUpdate
+) -> tuple[SealingUpdate, RunState]:
+    """Check a list against this owner's contribution, and commit to sealing it for that list."""
+    if str(request.attempt) in state.sealed:
+        raise AttemptRefused("there is no unsealed update for this attempt")
     if listed.model_hash != pending.model_hash:
         raise ModelMismatch("the list is about another model than this owner's contribution")
     if listed.purpose != pending.purpose:
         raise ProtocolViolation("the list is for another purpose than this owner's contribution")
     plan, signers = state.parsed_plan(), [message.signer for message in request.ready]
     packing = packing_for(plan.encryption.preset, plan.cohort.maximum)
+    parts = seal_parts(packing, pending.update.size)
+    if request.part >= len(parts):
+        raise AttemptRefused("the update has no such part")
     _require_distant(owner, plan, state, signers)
     owner.ledger.commit(state.run, request.attempt)
     context = MaskContext(
@@ -123,18 +182,7 @@ def seal(owner: Owner, state: RunState, request: SealRequest) -> Outcome:
     corrupted = plan.cohort.corrupted_share
     peers = neighbours(owner.fingerprint, signers, str(state.graph_seed), request.attempt, corrupted)
     frames = _encrypted(owner, state, pending, context, peers, len(signers))
-    header = Header(
-        version=1,
-        session=context.session,
-        attempt=request.attempt,
-        purpose=pending.purpose,
-        preset_hash=packing.sha256(),
-        list_hash=listed.sha256,
-        model_hash=listed.model_hash,
-        parameters=pending.update.size,
-        frames=len(frames),
-        frames_hash=frames_hash(frames),
-    )
+    sealing = SealingUpdate(request.attempt, listed.sha256, parts, frames)
     changed = state.with_changes(
         sealed={**state.sealed, str(request.attempt): listed.sha256},
         evaluated=_evaluated(state, pending),
@@ -142,11 +190,40 @@ def seal(owner: Owner, state: RunState, request: SealRequest) -> Outcome:
         chain_attempt=request.attempt + 1,
         lists=state.lists if signers in state.lists else [*state.lists, signers],
     )
-    pending.update.fill(0.0)
-    del owner.pending[state.run]
-    reply = SealReply(header=sign(owner.credentials.signing_key, header))
-    heads = [*(member.join for member in state.members), *request.ready]
-    return Outcome(changed, reply, b"".join(frames), heads=heads)
+    owner.sealing[state.run] = sealing
+    return sealing, changed
+
+
+def _next_part(
+    owner: Owner, state: RunState, sealing: SealingUpdate, listed: RoundList
+) -> tuple[bytes, bytes]:
+    """Seal the next part; returns the reply's body and blob. The last part brings the header."""
+    frames = list(islice(sealing.frames, len(sealing.parts[sealing.done])))
+    sealing.digests += [digest_bytes(frame) for frame in frames]
+    sealing.done += 1
+    header = None
+    if sealing.done == len(sealing.parts):
+        header = _header(owner, state, sealing, listed)
+        sealing.frames.close()
+        del owner.pending[state.run], owner.sealing[state.run]
+    return SealReply(header=header).to_bytes(), b"".join(frames)
+
+
+def _header(owner: Owner, state: RunState, sealing: SealingUpdate, listed: RoundList) -> Signed:
+    plan = state.parsed_plan()
+    header = Header(
+        version=1,
+        session=state.keyed_session(),
+        attempt=sealing.attempt,
+        purpose=listed.purpose,
+        preset_hash=packing_for(plan.encryption.preset, plan.cohort.maximum).sha256(),
+        list_hash=listed.sha256,
+        model_hash=listed.model_hash,
+        parameters=owner.pending[state.run].update.size,
+        frames=len(sealing.digests),
+        frames_hash=digest_of(sealing.digests),
+    )
+    return sign(owner.credentials.signing_key, header)
 
 
 def _evaluated(state: RunState, pending: PendingUpdate) -> dict[str, int]:
@@ -174,7 +251,7 @@ def _encrypted(
     context: MaskContext,
     peers: Sequence[str],
     owners: int,
-) -> list[bytes]:
+) -> Generator[bytes, None, None]:
     plan = state.parsed_plan()
     chains = _ratcheted(state, peers, pending.attempt)
     packing = packing_for(plan.encryption.preset, plan.cohort.maximum)
@@ -185,15 +262,21 @@ def _encrypted(
     else:
         # the list was verified, and all of it must seal for its masks to cancel: its length is n
         values, bound = with_share(plan, pending.update, owners), plan.update_range
+    pending.update.fill(0.0)
     clamped = clipped_share(values, bound)
     _LOG.info("attempt %d sealed with %d peers; share clamped %.4f", pending.attempt, len(peers), clamped)
     if pending.purpose == "train":
         # a public factor of at most 1: post-processing of the private update, no wider than its range
         values *= plan.cohort.weights.get(owner.fingerprint, 1.0)
-    uniforms = SecureStream().uniform
-    frames = list(seal_frames(values, bound, uniforms, masks, key))
-    values.fill(0.0)
-    return frames
+    return _erasing(values, seal_frames(values, bound, SecureStream().uniform, masks, key))
+
+
+def _erasing(values: Floats, frames: Iterator[bytes]) -> Generator[bytes, None, None]:
+    """Yield frames one by one, and erase the values that they are made of behind the last one."""
+    try:
+        yield from frames
+    finally:
+        values.fill(0.0)
 
 
 def _ratcheted(state: RunState, peers: Iterable[str], attempt: int) -> dict[str, bytes]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from client.ledger_files import create_private
@@ -25,7 +27,11 @@ from protocol.plan import Plan
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
-    run TEXT PRIMARY KEY, session TEXT UNIQUE, state BLOB NOT NULL, model BLOB NOT NULL
+    run TEXT PRIMARY KEY, session TEXT UNIQUE, state BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS models (
+    run TEXT NOT NULL, vector INTEGER NOT NULL, part INTEGER NOT NULL, content BLOB NOT NULL,
+    PRIMARY KEY (run, vector, part)
 );
 CREATE TABLE IF NOT EXISTS answers (
     run TEXT NOT NULL, request TEXT NOT NULL, attempt INTEGER NOT NULL,
@@ -36,6 +42,8 @@ CREATE TABLE IF NOT EXISTS holdout (dataset TEXT PRIMARY KEY, key BLOB NOT NULL)
 CREATE TABLE IF NOT EXISTS shown (head TEXT PRIMARY KEY, message BLOB NOT NULL);
 """
 _STATE_LIMIT_BYTES = 64 * 1024 * 1024
+_MODEL_PART = 4 * 1024 * 1024
+"""Values of a model in one row: SQLite takes no row of a gigabyte, and sealing holds a row in memory."""
 
 
 class RunState(Message):
@@ -120,6 +128,7 @@ class Outcome:
         blob: What travels beside the reply.
         model: The global model, where the step changed it.
         heads: Verified joins and ready messages of a round's list, for the ledger heads in them.
+        lasting: Whether anything is stored; not for the receipt of a part, which changes nothing.
     """
 
     state: RunState
@@ -127,6 +136,7 @@ class Outcome:
     blob: bytes = b""
     model: GlobalModel | None = None
     heads: Sequence[Signed] = ()
+    lasting: bool = True
 
 
 class StateStore:
@@ -168,8 +178,43 @@ class StateStore:
 
     def model(self, run: str) -> GlobalModel:
         """Return the global model that this owner has computed so far."""
-        (sealed,) = self._database.execute("SELECT model FROM runs WHERE run = ?", (run,)).fetchone()
-        return GlobalModel.from_bytes(self._box.open(sealed, b"model/" + run.encode()))
+        vectors = [self._vector(run, vector) for vector in range(3)]
+        weights = vectors[0]
+        rest = (moment if moment.size else np.zeros_like(weights) for moment in vectors[1:])
+        return GlobalModel(weights, *rest)
+
+    def model_size(self, run: str) -> int:
+        """Return the number of values of the global model; its content is not read."""
+        rows, last = self._database.execute(
+            "SELECT COUNT(*), MAX(part) FROM models WHERE run = ? AND vector = 0", (run,)
+        ).fetchone()
+        if rows == 0:
+            return 0
+        (sealed,) = self._database.execute(
+            "SELECT content FROM models WHERE run = ? AND vector = 0 AND part = ?", (run, last)
+        ).fetchone()
+        content = self._box.open(sealed, _model_label(run, 0, last))
+        return int(last) * _MODEL_PART + len(content) // 8
+
+    def _vector(self, run: str, vector: int) -> NDArray[np.float64]:
+        rows = self._database.execute(
+            "SELECT part, content FROM models WHERE run = ? AND vector = ? ORDER BY part", (run, vector)
+        )
+        parts = [self._box.open(sealed, _model_label(run, vector, part)) for part, sealed in rows]
+        return np.concatenate([np.zeros(0), *(np.frombuffer(part, dtype="<f8") for part in parts)])
+
+    def _write_model(self, run: str, model: GlobalModel) -> None:
+        """Write a model row by row; a moment that is zero, as those of plain averaging are, takes none."""
+        self._database.execute("DELETE FROM models WHERE run = ?", (run,))
+        for vector, values in enumerate((model.weights, model.first_moment, model.second_moment)):
+            if vector > 0 and not values.any():
+                continue
+            for part, start in enumerate(range(0, values.size, _MODEL_PART)):
+                content = values[start : start + _MODEL_PART].astype("<f8").tobytes()
+                sealed = self._box.seal(content, _model_label(run, vector, part))
+                self._database.execute(
+                    "INSERT INTO models VALUES (?, ?, ?, ?)", (run, vector, part, sealed)
+                )
 
     def answer(self, run: str, request: str) -> Answer | None:
         """Return what was answered to a byte-identical request, if anything."""
@@ -196,15 +241,12 @@ class StateStore:
         sealed = self._box.seal(encode(state.model_dump(mode="json")), b"state/" + state.run.encode())
         with self._transaction():
             self._database.execute(
-                "INSERT INTO runs (run, session, state, model) VALUES (?, ?, ?, x'') "
+                "INSERT INTO runs (run, session, state) VALUES (?, ?, ?) "
                 "ON CONFLICT (run) DO UPDATE SET session = excluded.session, state = excluded.state",
                 (state.run, state.session, sealed),
             )
             if model is not None:
-                self._database.execute(
-                    "UPDATE runs SET model = ? WHERE run = ?",
-                    (self._box.seal(model.to_bytes(), b"model/" + state.run.encode()), state.run),
-                )
+                self._write_model(state.run, model)
             if request is not None and answer is not None:
                 self._database.execute(
                     "DELETE FROM answers WHERE run = ? AND attempt > 0 AND attempt < ?",
@@ -217,6 +259,14 @@ class StateStore:
             self._keep_highest(heads)
         # the log would keep earlier states, with keys that this one has erased
         self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def keep_answer(self, run: str, request: str, attempt: int, answer: Answer) -> None:
+        """Write the answer to a request that may come, where the state has not changed."""
+        with self._transaction():
+            self._database.execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
+                (run, request, attempt, answer.body, answer.blob),
+            )
 
     def holdout_key(self, dataset: str) -> bytes:
         """Return the secret key that decides which records of a dataset are held out; for the owner only.
@@ -279,3 +329,7 @@ class StateStore:
             self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
+
+
+def _model_label(run: str, vector: int, part: int) -> bytes:
+    return f"model/{run}/{vector}/{part}".encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,18 @@ from console.options import AsJson, Days, Home, PassphraseFile, Pki, ask_passphr
 
 pki_app = typer.Typer(help="Certificates of the federation.", no_args_is_help=True)
 home_app = typer.Typer(help="Home folders of coordinator and owners.", no_args_is_help=True)
+
+Identity = Annotated[
+    Path, typer.Option("--identity", help="Identity folder: HOME/identity, or an operator's own.")
+]
+
+
+class PartyName(Enum):
+    """The parties that have certificates."""
+
+    coordinator = "coordinator"
+    owner = "owner"
+    operator = "operator"
 
 
 @pki_app.command("init")
@@ -27,73 +40,127 @@ def pki_init(
     console.print("authority made; its key is sealed under the passphrase")
 
 
-@pki_app.command("issue")
-def pki_issue(
-    pki: Pki,
-    owner: Annotated[str | None, typer.Option(help="Issue an owner's two certificates.")] = None,
-    server_name: Annotated[
+@pki_app.command("request")
+def pki_request(
+    party: Annotated[PartyName, typer.Argument(help="What this party is.")],
+    identity: Identity,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the owner or operator; a coordinator's is fixed.")
+    ] = None,
+    hosts: Annotated[
         list[str] | None,
-        typer.Option("--server", help="Issue the coordinator's certificate for this host."),
+        typer.Option("--host", help="Host name or address that owners connect to; may be repeated."),
     ] = None,
-    days: Days = 365,
-    renew: Annotated[bool, typer.Option(help="Replace what was issued before.")] = False,
     passphrase_file: PassphraseFile = None,
-    key_passphrase_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the passphrase that seals the new keys; the holder's own."),
-    ] = None,
 ) -> None:
-    """Issue certificates for one owner or for the coordinator."""
-    from console.show import issue_certificates
+    """Make this party's keys, here and nowhere else, and the request that the authority signs."""
+    from console.pki import show_request
 
-    authority = ask_passphrase(passphrase_file, "Passphrase of the authority")
-    key = ask_passphrase(key_passphrase_file, "New passphrase for the keys that are issued")
-    issue_certificates(console, pki, owner, server_name, days, renew, authority, key)
+    passphrase = ask_passphrase(passphrase_file, "New passphrase of this party's keys")
+    show_request(console, party.value, identity, name, hosts or [], passphrase)
+
+
+@pki_app.command("sign")
+def pki_sign(
+    requests: Annotated[list[Path], typer.Argument(help="The parties' request.pem files.")],
+    pki: Pki,
+    days: Days = 365,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(help="Fingerprint that the one party gave by another way; other keys are refused."),
+    ] = None,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Admit parties: issue the certificates that their requests ask for."""
+    from console.pki import show_signed
+
+    passphrase = ask_passphrase(passphrase_file, "Passphrase of the authority")
+    show_signed(console, pki, requests, days, fingerprint, passphrase)
+
+
+@pki_app.command("renew")
+def pki_renew(
+    name: Annotated[str, typer.Argument(help="Name of the party.")],
+    pki: Pki,
+    days: Days = 365,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Issue new certificates for the same keys and name, with a later end."""
+    from crypto.pki import renew
+
+    answer = renew(pki, ask_passphrase(passphrase_file, "Passphrase of the authority"), name, days)
+    console.print(f"give {answer} to {name}, who installs it", soft_wrap=True)
+
+
+@pki_app.command("install")
+def pki_install(
+    answer: Annotated[Path, typer.Argument(help="What the authority issued: answers/NAME.pem.")],
+    identity: Identity,
+) -> None:
+    """Put the certificates that the authority issued beside this party's keys."""
+    from console.pki import show_installed
+
+    show_installed(console, answer, identity)
 
 
 @pki_app.command("revoke")
 def pki_revoke(
     pki: Pki,
     names: Annotated[list[str] | None, typer.Argument(help="Names; none only renews the list.")] = None,
+    days: Annotated[int, typer.Option(min=1, max=365, help="How long the list may be relied on.")] = 30,
+    lists: Annotated[
+        list[Path] | None,
+        typer.Option("--crl", help="Another crl.pem to replace, of a party on this machine; repeatable."),
+    ] = None,
     passphrase_file: PassphraseFile = None,
 ) -> None:
-    """Revoke certificates, or renew the revocation list before it is stale. Copy crl.pem to all parties."""
-    from crypto.pki import revoke
+    """Revoke certificates, or renew the revocation list before it is stale."""
+    from console.pki import show_revoked
 
-    revoke(pki, ask_passphrase(passphrase_file, "Passphrase of the authority"), names or ())
-    console.print("a fresh revocation list was signed: copy crl.pem to all parties")
+    passphrase = ask_passphrase(passphrase_file, "Passphrase of the authority")
+    show_revoked(console, pki, names or [], days, lists or [], passphrase)
 
 
-@pki_app.command("show")
-def pki_show(pki: Pki, as_json: AsJson = False) -> None:
-    """List what the authority issued, with the days that are left."""
-    from console.show import show_pki
+@pki_app.command("list")
+def pki_list(pki: Pki, as_json: AsJson = False) -> None:
+    """List what the authority issued: name, role, fingerprint, days left, and whether it is revoked."""
+    from console.pki import show_pki
 
     show_pki(console, pki, as_json=as_json)
+
+
+@home_app.command("crl")
+def home_crl(
+    file: Annotated[Path, typer.Argument(help="The authority's crl.pem.")],
+    home: Home,
+) -> None:
+    """Put a newer revocation list into a home; running processes take it at once."""
+    from console.pki import show_replaced
+
+    show_replaced(console, home, file)
 
 
 @home_app.command("coordinator")
 def home_coordinator(
     home: Home,
-    identity: Annotated[Path, typer.Option(help="Folder server/ as the authority issued it.")],
     members: Annotated[Path, typer.Option(help="Folder members/ with all certificates.")],
 ) -> None:
-    """Lay out a coordinator's home folder."""
+    """Lay out a coordinator's home folder around its identity."""
     from scenarios.federation import make_coordinator_home
 
-    make_coordinator_home(home, identity, members)
+    make_coordinator_home(home, members)
 
 
 @home_app.command("owner")
 def home_owner(
     home: Home,
-    identity: Annotated[Path, typer.Option(help="Folder owners/NAME as the authority issued it.")],
     data: Annotated[Path, typer.Option(help="The owner's examples; a copy goes into the home.")],
     dataset: Annotated[str, typer.Option(help="Name under which the privacy budget is kept.")],
     peers: Annotated[Path, typer.Option(help="Folder with signing certificates of known owners.")],
 ) -> None:
-    """Lay out an owner's home folder, with a policy.toml to read and edit."""
+    """Lay out an owner's home folder around its identity, with a policy.toml to read and edit."""
+    from client.owner import IDENTITY
     from scenarios.federation import make_owner_home, pins_of
 
-    make_owner_home(home, identity, data, dataset, pins_of(peers, identity))
+    make_owner_home(home, data, dataset, pins_of(peers, home / IDENTITY))
     console.print(f"read and edit {home / 'policy.toml'}: it says what may be done with the data")

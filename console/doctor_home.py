@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cryptography import x509
 
     from client.policy import Policy
-    from crypto.pki import Trust
+    from crypto.trust import Trust
 
 HomeRole = Literal["owner", "coordinator"]
 
@@ -27,6 +27,8 @@ _IDENTITY, _MEMBERS, _POLICY = "identity", "members", "policy.toml"
 _PRIVATE_FILES = (
     "*.sealed",
     "identity/*.sealed",
+    "operator/*.sealed",
+    "log/*.jsonl",
     "identity/storage.salt",
     "ledger/*.db",
     "state.db",
@@ -75,7 +77,7 @@ def check_private_files(home: Path) -> Finding:
 
 
 def _check_identity(home: Path, role: HomeRole, now: datetime) -> list[Finding]:
-    from crypto.pki import load_trust
+    from crypto.trust import load_trust
 
     identity = home / _IDENTITY
     trust = load_trust(identity)
@@ -95,7 +97,7 @@ def _check_revocations(trust: Trust, now: datetime) -> Finding:
     until = trust.revocations.next_update_utc
     days = (until - now).days if until is not None else 0
     if days < FEW_CRL_DAYS:
-        remedy = "Ask the authority for a new crl.pem (fedseal pki revoke, without names)."
+        remedy = "Ask the authority for a new crl.pem and take it with fedseal home crl."
         return Finding("revocation list", "warn", f"stale in {days} days", remedy)
     return Finding("revocation list", "ok", f"good for {days} days")
 
@@ -107,7 +109,7 @@ def _check_certificate(file: Path, use: str, trust: Trust, now: datetime) -> Fin
 
     certificate = x509.load_pem_x509_certificate(file.read_bytes())
     facts = describe(certificate, now)
-    remedy = "Ask the authority for a new one (fedseal pki issue --renew)."
+    remedy = "Ask the authority for a new one (fedseal pki renew) and install it."
     problem = None
     if facts["role"] != use:
         problem = f"is for the role {facts['role']}, not {use}"

@@ -24,6 +24,14 @@ PassphraseFile = Annotated[
         help="File (mode 0600) or /dev/fd/N with the passphrase; else FEDSEAL_PASSPHRASE, else a prompt.",
     ),
 ]
+OperatorFolder = Annotated[
+    Path | None,
+    typer.Option("--operator", help="Identity folder of the operator; operator/ of the home otherwise."),
+]
+OperatorPassphraseFile = Annotated[
+    Path | None,
+    typer.Option("--operator-passphrase-file", help="Like --passphrase-file, for the operator's key."),
+]
 Pki = Annotated[Path, typer.Option("--pki", help="Folder of the certificate authority.")]
 Days = Annotated[int, typer.Option("--days", min=1, max=3650, help="Validity in days.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

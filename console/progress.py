@@ -69,7 +69,22 @@ class RunProgress:
         self._console.print(Text(f"    {who} refused: {facts['code']}", style="yellow"))
 
     def _show_absent(self, facts: dict[str, Any]) -> None:
-        self._console.print(Text(f"    {facts['owner']} did not answer and is left out", style="yellow"))
+        self._warn(f"{facts['owner']} is left out until it returns: {facts['reason']}")
+
+    def _show_excluded(self, facts: dict[str, Any]) -> None:
+        self._warn(f"{facts['owner']} is left out of the run: {facts['reason']}")
+
+    def _show_returned(self, facts: dict[str, Any]) -> None:
+        self._show_step({"text": f"{facts['owner']} is back: {facts['how']}"})
+
+    def _show_waiting(self, facts: dict[str, Any]) -> None:
+        self._warn(f"waiting for owners: {facts['owners']} are there, {facts['needed']} are needed")
+
+    def _show_resumed(self, facts: dict[str, Any]) -> None:
+        self._show_step({"text": f"going on after round {facts['rounds']} with the same keys"})
+
+    def _warn(self, text: str) -> None:
+        self._console.print(Text(f"    {text}", style="yellow"))
 
     def _show_void(self, facts: dict[str, Any]) -> None:
         text = f"    attempt {facts['attempt']} is void ({facts['code']}); nothing was opened"

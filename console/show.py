@@ -7,7 +7,7 @@ import logging
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -127,42 +127,6 @@ def _watch(folder: Path, progress: RunProgress, stop: threading.Event) -> None:
             return
 
 
-def show_run(
-    console: Console,
-    home: Path,
-    plan: Plan,
-    public_data: Path | None,
-    out: Path | None,
-    passphrase: bytes,
-) -> None:
-    """Submit a plan, print its progress, package the model and write the report."""
-    from audit.conclude import conclude
-    from scenarios.demo import follow
-    from server.release import release_key
-    from server.submit import prepare_run, read_addresses, submit
-
-    read_addresses(home)
-    key = release_key(home, passphrase)
-    warn_if_unprotected(console, plan)
-    progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")
-    store = prepare_run(home, plan, public_data)
-    console.print(f"run folder: {store.folder}", soft_wrap=True)
-    try:
-        submit(home, store)
-        follow(store, None, progress.show)
-    finally:
-        if store.get("state") in ("finished", "failed", "paused"):
-            target = out or store.folder / "result"
-            conclusion = conclude(
-                store, home, key, target, lambda text: progress.show("step", {"text": text})
-            )
-            console.print(
-                f"report: {conclusion.verdict['status']}  {conclusion.report_html}", soft_wrap=True
-            )
-            if conclusion.package is not None:
-                console.print(f"package: {conclusion.package}", soft_wrap=True)
-
-
 def warn_if_unprotected(console: Console, plan: Plan) -> None:
     """Say in red that noise is missing or rests on others; warn of CKKS and of SEAL's own frames."""
     from protocol.claims import assumption
@@ -181,50 +145,6 @@ def warn_if_unprotected(console: Console, plan: Plan) -> None:
     if plan.encryption.preset == "ckks":
         text = "encryption.preset = 'ckks': sums are rounded, not exact, and seven times as large"
         console.print(Text(text, style="bold yellow"))
-
-
-def issue_certificates(
-    console: Console,
-    pki: Path,
-    owner: str | None,
-    server_names: Sequence[str] | None,
-    days: int,
-    renew: bool,
-    authority_passphrase: bytes,
-    key_passphrase: bytes,
-) -> None:
-    """Issue certificates for an owner or the coordinator, and print what to copy and to pin."""
-    from crypto.certificates import fingerprint
-    from crypto.pki import issue_owner, issue_server
-
-    if (owner is None) == (not server_names):
-        raise PlanInvalid("give either --owner NAME or --server HOST")
-    if owner is None:
-        names = list(server_names or ())
-        issue_server(pki, authority_passphrase, key_passphrase, names, days, renew)
-        console.print(f"copy {pki / 'server'} to HOME/identity and {pki / 'members'} to HOME/members")
-        return
-    issued = issue_owner(pki, authority_passphrase, owner, key_passphrase, days, renew)
-    console.print(f"copy {pki / 'owners' / owner} to HOME/identity of {owner}")
-    console.print(f"others pin {owner} by this fingerprint, given to them by {owner} itself:")
-    console.print(fingerprint(issued.signing_key.public_key()), soft_wrap=True)
-
-
-def show_pki(console: Console, pki: Path, *, as_json: bool) -> None:
-    """Print what an authority issued."""
-    from crypto.pki import list_pki
-
-    issued = list_pki(pki)
-    if as_json:
-        dump_json(issued)
-        return
-    table = Table("name", "role", "days left", "not after", "state")
-    for row in issued:
-        state = "revoked" if row["revoked"] else "expired" if row["days_left"] < 0 else "valid"
-        style = "" if state == "valid" else "red"
-        cells = (row["name"], row["role"], str(row["days_left"]), row["not_after"], state)
-        table.add_row(*(Text(cell, style=style) for cell in cells))
-    console.print(table)
 
 
 def show_plan(console: Console, plan: Plan, *, as_json: bool) -> None:

@@ -187,6 +187,19 @@ class SealContext:
         self._evaluator.add_inplace(total, ciphertext)
         return total
 
+    def total(self, frames: Sequence[bytes]) -> seal.Ciphertext:
+        """Return the sum of peers' frames at one position.
+
+        Raises:
+            FrameInvalid: A frame is malformed, or there is none.
+        """
+        total = None
+        for frame in frames:
+            total = self.add(total, frame)
+        if total is None:
+            raise FrameInvalid("there is no frame to add")
+        return total
+
 
 class _Packed:
     """Seed and residues without gaps; SEAL's object is built from a skeleton."""

@@ -8,6 +8,8 @@ the rounding on.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,7 +43,7 @@ def quantize(update: Floats, update_range: float, packing: Packing, uniforms: Fl
 
 
 def mean_update(
-    sums: Integers,
+    sums: NDArray[np.unsignedinteger[Any]],
     contributors: int,
     update_range: float,
     packing: Packing,
@@ -49,16 +51,19 @@ def mean_update(
 ) -> Floats:
     """Return the mean of the quantized updates from their opened sum, float64 (n,).
 
-    The integer part is exact; the one rounding is the final float64 division.
+    The integer part is exact, because integers below 2**53 are; the one rounding is the final product.
     """
-    shifted = sums.astype(np.int64) - contributors * packing.half_levels
     divisor = float(contributors) if total_weight is None else total_weight
-    return shifted.astype(np.float64) * (update_range / packing.half_levels / divisor)
+    mean = sums.astype(np.float64)
+    mean -= contributors * packing.half_levels
+    mean *= update_range / packing.half_levels / divisor
+    return mean
 
 
 def clipped_share(update: Floats, update_range: float) -> float:
     """Return the share of values outside the range; it is for the owner only and never sent."""
-    return float(np.mean(np.abs(update) > update_range)) if update.size else 0.0
+    outside = np.count_nonzero(update > update_range) + np.count_nonzero(update < -update_range)
+    return float(outside) / update.size if update.size else 0.0
 
 
 def pack(values: Integers, packing: Packing) -> Integers:

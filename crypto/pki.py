@@ -1,85 +1,68 @@
-"""The authority's folder, and the folders that it hands to the coordinator and to each owner.
+"""The authority's folder. It holds one private key, the authority's own; holders make theirs themselves.
 
 Layout::
 
-    ca.crt            certificate of the authority
-    ca.key.sealed     its private key, sealed under the authority's passphrase
-    crl.pem           its revocation list
-    issued.jsonl      one line for every certificate ever issued
-    members/          <name>.transport.crt, <name>.signing.crt: public
-    server/           server.crt, server.key.sealed, ca.crt, crl.pem
-    owners/<name>/    transport.crt, transport.key.sealed, signing.crt, signing.key.sealed, ca.crt, crl.pem
+    ca.crt          certificate of the authority
+    ca.key.sealed   its private key, sealed under the authority's passphrase
+    crl.pem         its revocation list
+    issued.jsonl    one line for every certificate ever issued
+    members/        <name>.transport.crt, <name>.signing.crt of the owners: public
+    answers/        <name>.pem: what a holder installs, the newest of each
+    log/            the authority's log of acts, see `crypto.auditlog`
 
-`server/` and `owners/<name>/` are moved to the machines that they are for; what stays here is public or
-sealed. A line of issued.jsonl is durable before the certificate exists on disk, so that no certificate can
-exist which the authority cannot revoke.
+A line of issued.jsonl is durable before the certificate exists on disk, so that no certificate can exist
+which the authority cannot revoke. All of it may stay on a machine without a network: requests come in and
+answers go out as files.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import secrets
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import StringConstraints
 
+from crypto.auditlog import FOLDER, AuditLog, KeptLog
+from crypto.authority import Authority, create_authority
 from crypto.certificates import (
-    Authority,
-    OwnerCredentials,
-    ServerCredentials,
+    LeafRole,
     check_revocations,
     common_name,
-    create_authority,
     format_time,
+    key_sha256,
     role_of,
 )
-from crypto.vault import check_passphrase, open_secret, seal_secret, write_public
-from protocol.errors import CertificateRefused, EncodingInvalid, SecretUnavailable
+from crypto.identity import FILES, open_ec_key, seal_key
+from crypto.requests import ROLES, Request, read_request
+from crypto.trust import CA_CERTIFICATE, REVOCATIONS, load_trust, parse, read_certificate
+from crypto.vault import check_passphrase, write_public
+from protocol.encoding import Digest
+from protocol.errors import CertificateRefused
 from protocol.messages import Message
-
-DEFAULT_SERVER_NAMES = ("localhost", "127.0.0.1")
-"""Names of a server certificate that serves one machine."""
-
-SERVER_NAME = "coordinator"
-"""Common name of the server certificate; no owner may have it."""
 
 CRL_DAYS = 30
 """How long a revocation list may be relied on unless told otherwise."""
 
-CA_CERTIFICATE, CA_KEY, REVOCATIONS, ISSUED = "ca.crt", "ca.key.sealed", "crl.pem", "issued.jsonl"
-
-T = TypeVar("T")
+CA_KEY, ISSUED, ANSWERS, MEMBERS = "ca.key.sealed", "issued.jsonl", "answers", "members"
 
 
 class Issued(Message):
     """One line of issued.jsonl."""
 
     name: str
-    role: Literal["authority", "server", "owner-transport", "owner-signing"]
+    role: Literal["authority", "server", "owner-transport", "owner-signing", "operator"]
     serial: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,40}$")]
+    fingerprint: Digest
     not_after: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
-
-
-@dataclass(frozen=True)
-class Trust:
-    """What a party needs to decide who is a member."""
-
-    authority: x509.Certificate
-    revocations: x509.CertificateRevocationList
 
 
 def init_pki(folder: Path, name: str, passphrase: bytes, days: int) -> None:
@@ -95,206 +78,141 @@ def init_pki(folder: Path, name: str, passphrase: bytes, days: int) -> None:
         CertificateRefused: The folder holds a part of an authority, or `name` or `days` is out of range.
         SecretUnavailable: The passphrase is empty.
     """
+    check_passphrase(passphrase)
     authority = create_authority(name, days)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(folder):
         if any((folder / item).exists() for item in (CA_CERTIFICATE, CA_KEY, ISSUED)):
             raise CertificateRefused("the folder already holds an authority")
-        _seal_key(folder / CA_KEY, authority.private_key, passphrase)
+        seal_key(folder / CA_KEY, authority.private_key, passphrase)
         _record(folder, [authority.certificate])
+        write_public(folder / CA_CERTIFICATE, _pem(authority.certificate))
         _publish(folder, authority, set(), CRL_DAYS)
+        _log(folder, authority, "pki.init", name=name)
 
 
-def issue_server(
-    folder: Path,
-    ca_passphrase: bytes,
-    key_passphrase: bytes,
-    names: Sequence[str] = DEFAULT_SERVER_NAMES,
-    days: int = 365,
-    renew: bool = False,
-) -> None:
-    """Issue the coordinator's TLS certificate into `server/`.
+def sign_request(
+    folder: Path, passphrase: bytes, request: bytes, days: int = 365, fingerprint: str | None = None
+) -> tuple[Request, Path]:
+    """Issue the certificates that a signing request asks for.
 
     Args:
         folder: The authority's folder.
-        ca_passphrase: Opens the authority's key.
-        key_passphrase: Seals the new key; the coordinator's own.
-        names: Host names and IP addresses that owners connect to.
+        passphrase: Opens the authority's key.
+        request: What the holder sent, see `crypto.requests`.
         days: Validity.
-        renew: Replace an earlier certificate. That one stays valid until it expires or is revoked.
-
-    Raises:
-        CertificateRefused: Issued before and not `renew`, or a name is not well-formed.
-        SecretUnavailable: A passphrase is wrong or empty.
-    """
-    check_passphrase(key_passphrase)
-    with _locked(folder):
-        authority = _open_authority(folder, ca_passphrase)
-        _refuse_second_issue(folder, SERVER_NAME, renew)
-        revoked = _revoked_serials(folder)
-        issued = authority.issue_server(SERVER_NAME, names, days)
-        _record(folder, [issued.certificate])
-        target = folder / "server"
-        target.mkdir(mode=0o700, exist_ok=True)
-        _seal_key(target / "server.key.sealed", issued.key, key_passphrase)
-        write_public(target / "server.crt", _pem(issued.certificate))
-        _publish(folder, authority, revoked, CRL_DAYS)
-
-
-def issue_owner(
-    folder: Path,
-    ca_passphrase: bytes,
-    name: str,
-    key_passphrase: bytes,
-    days: int = 365,
-    renew: bool = False,
-) -> OwnerCredentials:
-    """Issue an owner's two keys and certificates into `owners/<name>/`.
-
-    Args:
-        folder: The authority's folder.
-        ca_passphrase: Opens the authority's key.
-        name: The owner's name.
-        key_passphrase: Seals both new keys; the owner's own.
-        days: Validity.
-        renew: Replace earlier certificates. The keys are new, so peers must pin the new fingerprint. The
-            earlier certificates stay valid until they expire; after a theft, call `revoke` first.
+        fingerprint: That of the holder, had by another way than the request; another key is refused.
 
     Returns:
-        What was issued, for example to print the fingerprint to pin.
+        What was requested, and the file that the holder installs.
 
     Raises:
-        CertificateRefused: Issued before and not `renew`, or the name is not well-formed.
-        SecretUnavailable: A passphrase is wrong or empty.
+        CertificateRefused: The request is not well-formed, its key is not the expected one or is that of
+            another name, or the name has certificates that are still valid.
+        SecretUnavailable: The passphrase is wrong.
     """
-    check_passphrase(key_passphrase)
-    if name == SERVER_NAME:
-        raise CertificateRefused(f"the name {SERVER_NAME} is the server's")
+    wanted = read_request(request)
+    if fingerprint is not None and fingerprint != wanted.fingerprint:
+        raise CertificateRefused("the request is for another key than the one with this fingerprint")
     with _locked(folder):
-        authority = _open_authority(folder, ca_passphrase)
-        _refuse_second_issue(folder, name, renew)
-        revoked = _revoked_serials(folder)
-        issued = authority.issue_owner(name, days)
-        certificates = issued.transport_certificate, issued.signing_certificate
-        _record(folder, certificates)
-        target, members = folder / "owners" / name, folder / "members"
-        target.mkdir(mode=0o700, parents=True, exist_ok=True)
-        members.mkdir(exist_ok=True)
-        _seal_key(target / "transport.key.sealed", issued.transport_key, key_passphrase)
-        _seal_key(target / "signing.key.sealed", issued.signing_key, key_passphrase)
-        for use, certificate in zip(("transport", "signing"), certificates, strict=True):
-            write_public(target / f"{use}.crt", _pem(certificate))
-            write_public(members / f"{name}.{use}.crt", _pem(certificate))
-        _publish(folder, authority, revoked, CRL_DAYS)
-    return issued
+        authority, revoked = _open_authority(folder, passphrase), _revoked_serials(folder)
+        _refuse_taken(folder, wanted, revoked)
+        certificates = {
+            role: authority.certify(wanted.name, role, key, days, wanted.hosts)
+            for role, key in wanted.keys.items()
+        }
+        answer = _issue(folder, authority, wanted.name, certificates, revoked)
+        _log(
+            folder,
+            authority,
+            "pki.sign",
+            name=wanted.name,
+            party=wanted.party,
+            fingerprint=wanted.fingerprint,
+            serials=[f"{certificate.serial_number:x}" for certificate in certificates.values()],
+        )
+    return wanted, answer
 
 
-def revoke(folder: Path, ca_passphrase: bytes, names: Sequence[str] = (), days: int = CRL_DAYS) -> None:
+def renew(folder: Path, passphrase: bytes, name: str, days: int = 365) -> Path:
+    """Issue new certificates for the same keys and name, with a later end.
+
+    The earlier ones are superseded; they stay valid until their own end, so that nobody is cut off before
+    the new ones are installed.
+
+    Returns:
+        The file that the holder installs.
+
+    Raises:
+        CertificateRefused: The name has no certificates, they are revoked, or they would not end later.
+        SecretUnavailable: The passphrase is wrong.
+    """
+    with _locked(folder):
+        authority, revoked = _open_authority(folder, passphrase), _revoked_serials(folder)
+        certificates = {}
+        for role, old in _newest(folder, name).items():
+            key = old.public_key()
+            if old.serial_number in revoked or not isinstance(
+                key, ec.EllipticCurvePublicKey | Ed25519PublicKey
+            ):
+                raise CertificateRefused("revoked certificates are not renewed; request new keys")
+            new = authority.certify(name, role, key, days, _hosts(old))
+            if new.not_valid_after_utc <= old.not_valid_after_utc:
+                raise CertificateRefused("the new certificates would not end later than those they replace")
+            certificates[role] = new
+        answer = _issue(folder, authority, name, certificates, revoked)
+        serials = [f"{certificate.serial_number:x}" for certificate in certificates.values()]
+        _log(folder, authority, "pki.renew", name=name, serials=serials)
+    return answer
+
+
+def revoke(folder: Path, passphrase: bytes, names: Sequence[str] = (), days: int = CRL_DAYS) -> Path:
     """Revoke every certificate of these names so far, and sign a fresh revocation list.
 
     Without names it only renews the list, which must happen before the last one is stale: parties refuse
-    everybody then. The list takes effect where it is copied to; copies in `server/` and `owners/` of this
-    folder are written here.
+    everybody then. The list takes effect where it is copied to, see `crypto.trust.replace_revocations`.
+
+    Returns:
+        The file of the list.
 
     Raises:
         CertificateRefused: A name was never issued; nothing is revoked then.
         SecretUnavailable: The passphrase is wrong.
     """
     with _locked(folder):
-        authority = _open_authority(folder, ca_passphrase)
+        authority = _open_authority(folder, passphrase)
         records = [record for record in _read_issued(folder) if record.role != "authority"]
         if not set(names) <= {record.name for record in records}:
             raise CertificateRefused("a name to revoke was never issued")
         added = {int(record.serial, 16) for record in records if record.name in names}
         _publish(folder, authority, _revoked_serials(folder) | added, days)
-
-
-def load_owner(folder: Path, passphrase: bytes) -> OwnerCredentials:
-    """Open an owner's identity, a copy of `owners/<name>/`. For that owner only.
-
-    Raises:
-        CertificateRefused: A certificate is missing, for another use, or not that of the key beside it.
-        SecretUnavailable: The passphrase is wrong, or a sealed key is missing, damaged or open to others.
-    """
-    transport = _read_certificate(folder / "transport.crt", "owner-transport")
-    signing = _read_certificate(folder / "signing.crt", "owner-signing")
-    if common_name(transport.subject) != common_name(signing.subject):
-        raise CertificateRefused("the two certificates name different owners")
-    transport_key = _open_ec(folder / "transport.key.sealed", passphrase, transport)
-    signing_key = _open_key(folder / "signing.key.sealed", passphrase, signing)
-    if not isinstance(signing_key, Ed25519PrivateKey):
-        raise CertificateRefused("a signing key must be Ed25519")
-    return OwnerCredentials(transport_key, transport, signing_key, signing)
-
-
-def load_server(folder: Path, passphrase: bytes) -> ServerCredentials:
-    """Open the coordinator's TLS identity, a copy of `server/`. For the coordinator only.
-
-    Raises:
-        CertificateRefused: The certificate is missing, for another use, or not that of the key.
-        SecretUnavailable: The passphrase is wrong, or the sealed key is missing, damaged or open to others.
-    """
-    certificate = _read_certificate(folder / "server.crt", "server")
-    return ServerCredentials(_open_ec(folder / "server.key.sealed", passphrase, certificate), certificate)
-
-
-def load_trust(folder: Path) -> Trust:
-    """Read ca.crt and crl.pem of any of the folders.
-
-    The list is not judged here: see `crypto.certificates.verify_signing_certificate`.
-
-    Raises:
-        CertificateRefused: A file is missing or malformed.
-    """
-    authority = _read_certificate(folder / CA_CERTIFICATE, "authority")
-    return Trust(authority, _parse(folder / REVOCATIONS, x509.load_pem_x509_crl))
+        _log(folder, authority, "pki.revoke", names=sorted(set(names)), days=days)
+    return folder / REVOCATIONS
 
 
 def list_pki(folder: Path) -> list[dict[str, Any]]:
     """Return every certificate ever issued, oldest first.
 
     Returns:
-        Dicts with name, role, serial (hex), not_after (ISO 8601, UTC), days_left (negative once expired)
-        and revoked.
+        Dicts with name, role, fingerprint (SHA-256 of the key), serial (hex), not_after (ISO 8601, UTC),
+        days_left (negative once expired), revoked, and superseded: a later one has the same name, role and
+        key.
 
     Raises:
         CertificateRefused: A file of the folder is missing, damaged or forged.
     """
     now, revoked = datetime.now(UTC), _revoked_serials(folder)
+    records = _read_issued(folder)
+    newest = {(record.name, record.role, record.fingerprint): record.serial for record in records}
     return [
         record.model_dump()
         | {
             "days_left": (datetime.fromisoformat(record.not_after) - now).days,
             "revoked": int(record.serial, 16) in revoked,
+            "superseded": newest[record.name, record.role, record.fingerprint] != record.serial,
         }
-        for record in _read_issued(folder)
+        for record in records
     ]
-
-
-@contextmanager
-def ssl_key_file(private_key: ec.EllipticCurvePrivateKey) -> Iterator[tuple[str, str]]:
-    """Lend a private key to `ssl.SSLContext.load_cert_chain`, which accepts files only.
-
-    The file holds the key encrypted under a password drawn for this call. It lives in memory where the
-    system has anonymous files, else in the temporary folder with mode 0600, and is gone after the block.
-    Yields path and password. For the owner of the key only.
-    """
-    password = secrets.token_hex(32)
-    encryption = serialization.BestAvailableEncryption(password.encode("ascii"))
-    data = private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
-    try:
-        descriptor = os.memfd_create("fedseal-key", os.MFD_CLOEXEC)
-        path, on_disk = f"/proc/self/fd/{descriptor}", False
-    except (AttributeError, OSError):
-        (descriptor, path), on_disk = tempfile.mkstemp(prefix="fedseal-"), True
-    try:
-        with open(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            yield path, password
-    finally:
-        if on_disk:
-            os.unlink(path)
 
 
 @contextmanager
@@ -312,46 +230,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _open_authority(folder: Path, passphrase: bytes) -> Authority:
-    certificate = _read_certificate(folder / CA_CERTIFICATE, "authority")
-    return Authority(certificate, _open_ec(folder / CA_KEY, passphrase, certificate))
-
-
-def _seal_key(path: Path, key: PrivateKeyTypes, passphrase: bytes) -> None:
-    der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, serialization.NoEncryption())
-    seal_secret(path, der, passphrase)
-
-
-def _open_key(path: Path, passphrase: bytes, certificate: x509.Certificate) -> PrivateKeyTypes:
-    try:
-        key = serialization.load_der_private_key(open_secret(path, passphrase), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise SecretUnavailable(f"{path.name} does not hold a private key") from None
-    if key.public_key() != certificate.public_key():
-        raise CertificateRefused(f"{path.name} is not the key of the certificate beside it")
-    return key
-
-
-def _open_ec(path: Path, passphrase: bytes, certificate: x509.Certificate) -> ec.EllipticCurvePrivateKey:
-    key = _open_key(path, passphrase, certificate)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise CertificateRefused(f"{path.name} must be an elliptic curve key")
-    return key
-
-
-def _read_certificate(path: Path, role: str) -> x509.Certificate:
-    certificate = _parse(path, x509.load_pem_x509_certificate)
-    if role_of(certificate) != role:
-        raise CertificateRefused(f"{path.name} is not a certificate for the role {role}")
-    return certificate
-
-
-def _parse(path: Path, parser: Callable[[bytes], T]) -> T:
-    try:
-        return parser(path.read_bytes())
-    except OSError as error:
-        raise CertificateRefused(f"{path.name} cannot be read: {error.strerror}") from None
-    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion, EncodingInvalid):
-        raise CertificateRefused(f"{path.name} is malformed") from None
+    certificate = read_certificate(folder / CA_CERTIFICATE, "authority")
+    return Authority(certificate, open_ec_key(folder / CA_KEY, passphrase, certificate))
 
 
 def _pem(certificate: x509.Certificate) -> bytes:
@@ -359,7 +239,7 @@ def _pem(certificate: x509.Certificate) -> bytes:
 
 
 def _read_issued(folder: Path) -> list[Issued]:
-    return _parse(folder / ISSUED, lambda data: [Issued.from_bytes(line) for line in data.splitlines()])
+    return parse(folder / ISSUED, lambda data: [Issued.from_bytes(line) for line in data.splitlines()])
 
 
 def _record(folder: Path, certificates: Sequence[x509.Certificate]) -> None:
@@ -370,6 +250,7 @@ def _record(folder: Path, certificates: Sequence[x509.Certificate]) -> None:
             "name": common_name(certificate.subject),
             "role": role_of(certificate),
             "serial": f"{certificate.serial_number:x}",
+            "fingerprint": key_sha256(certificate.public_key()),
             "not_after": format_time(certificate.not_valid_after_utc),
         }
         lines += Issued.from_fields(fields).to_bytes() + b"\n"
@@ -377,22 +258,71 @@ def _record(folder: Path, certificates: Sequence[x509.Certificate]) -> None:
     write_public(path, lines)
 
 
-def _refuse_second_issue(folder: Path, name: str, renew: bool) -> None:
-    known = {record.name for record in _read_issued(folder) if record.role != "authority"}
-    if name in known and not renew:
-        raise CertificateRefused(f"the name {name} was issued before; renew it instead")
+def _refuse_taken(folder: Path, wanted: Request, revoked: set[int]) -> None:
+    """Refuse a name that is in use, another party's keys, and keys that were revoked."""
+    now = datetime.now(UTC)
+    keys = {key_sha256(key) for key in wanted.keys.values()}
+    for record in _read_issued(folder):
+        gone = int(record.serial, 16) in revoked
+        if record.fingerprint in keys:
+            remedy = "make new keys" if gone else "renew its certificates instead"
+            raise CertificateRefused(f"a key of the request was certified before; {remedy}")
+        if record.name == wanted.name and not gone and datetime.fromisoformat(record.not_after) > now:
+            raise CertificateRefused("the name has valid certificates; renew them, or revoke them first")
+
+
+def _newest(folder: Path, name: str) -> dict[LeafRole, x509.Certificate]:
+    """Return the newest certificates of a name, as its last answer holds them."""
+    if name not in {record.name for record in _read_issued(folder)}:
+        raise CertificateRefused("the name was never issued")
+    found = parse(folder / ANSWERS / f"{name}.pem", x509.load_pem_x509_certificates)
+    by_role = {role_of(certificate): certificate for certificate in found}
+    return {role: by_role[role] for role in FILES if role in by_role}
+
+
+def _hosts(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in names]
+
+
+def _issue(
+    folder: Path,
+    authority: Authority,
+    name: str,
+    certificates: dict[LeafRole, x509.Certificate],
+    revoked: set[int],
+) -> Path:
+    _record(folder, list(certificates.values()))
+    for place in (MEMBERS, ANSWERS):
+        (folder / place).mkdir(exist_ok=True)
+    for role in ROLES["owner"]:
+        if role in certificates:
+            write_public(folder / MEMBERS / f"{name}.{FILES[role]}.crt", _pem(certificates[role]))
+    revocations = _publish(folder, authority, revoked, CRL_DAYS)
+    answer = folder / ANSWERS / f"{name}.pem"
+    parts = [_pem(authority.certificate), *map(_pem, certificates.values()), revocations]
+    write_public(answer, b"".join(parts))
+    return answer
 
 
 def _revoked_serials(folder: Path) -> set[int]:
     trust = load_trust(folder)
+    revocations = trust.revocations
     # As of its own date: a stale list still tells who was revoked, a forged one does not.
-    check_revocations(trust.revocations, trust.authority, trust.revocations.last_update_utc)
-    return {entry.serial_number for entry in trust.revocations}
+    check_revocations(revocations, trust.authority, revocations.last_update_utc)
+    return {entry.serial_number for entry in revocations}
 
 
-def _publish(folder: Path, authority: Authority, serials: set[int], days: int) -> None:
+def _publish(folder: Path, authority: Authority, serials: set[int], days: int) -> bytes:
     data = authority.revocation_list(serials, days).public_bytes(Encoding.PEM)
-    copies = [item for item in (folder / "server", *folder.glob("owners/*")) if item.is_dir()]
-    for target in (folder, *copies):
-        write_public(target / REVOCATIONS, data)
-        write_public(target / CA_CERTIFICATE, _pem(authority.certificate))
+    write_public(folder / REVOCATIONS, data)
+    return data
+
+
+def _log(folder: Path, authority: Authority, act: str, **facts: str | int | list[str]) -> None:
+    kept = KeptLog(AuditLog(folder / FOLDER), "authority", authority.private_key, authority.certificate)
+    kept.record(act, **facts)
+    kept.sign()

@@ -7,6 +7,7 @@ masked and encrypted before the next one is touched. For owners only; the coordi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,13 +62,58 @@ def masks_for(
     return Masks(own, chain_keys, context)
 
 
+class RunningSum:
+    """The sum of all owners' frames, added position by position and decrypted once it is complete.
+
+    Args:
+        parameters: Values of an update.
+        key: The session's key. Only sums that were added here are decrypted.
+    """
+
+    def __init__(self, parameters: int, key: SealKey) -> None:
+        self.context = key.context
+        self.parameters = parameters
+        self._key = key
+        self._sums: list[Any] = [None] * key.context.packing.frames_for(parameters)
+
+    def add(self, position: int, frames: Sequence[bytes]) -> None:
+        """Add the frames of all contributors at one position, whose digests verified signatures cover.
+
+        Raises:
+            FrameInvalid: A frame is malformed, or there is none.
+            OpeningRefused: There is no such position, or its sum is there already.
+        """
+        if not 0 <= position < len(self._sums) or self._sums[position] is not None:
+            raise OpeningRefused("the number of frames does not fit the number of parameters")
+        self._sums[position] = self._key.context.total(frames)
+
+    def open(self, contributors: int) -> NDArray[np.uint64]:
+        """Decrypt the sums and return the integers, uint64 (parameters,).
+
+        Raises:
+            OpeningRefused: A position is missing, or a sum does not open to what these contributors can
+                have sealed.
+        """
+        packing = self._key.context.packing
+        if any(total is None for total in self._sums):
+            raise OpeningRefused("the number of frames does not fit the number of parameters")
+        opened = np.zeros(self.parameters, dtype=np.uint64)
+        for index, total in enumerate(self._sums):
+            start = index * packing.values_per_frame
+            count = min(packing.values_per_frame, self.parameters - start)
+            slots = self._key.decrypt(total)[np.newaxis]
+            opened[start : start + count] = unpack_sum(slots, count, contributors, packing)
+            self._sums[index] = None
+        return opened
+
+
 def open_frames(columns: Sequence[Sequence[bytes]], parameters: int, key: SealKey) -> NDArray[np.uint64]:
     """Add all owners' frames, decrypt the sums, and return the integers.
 
     Args:
         columns: For each frame position, that frame of every contributor.
         parameters: Values of an update.
-        key: The session's key. Only sums that this function added are decrypted.
+        key: The session's key; see `RunningSum`.
 
     Returns:
         uint64 (parameters,).
@@ -76,13 +122,7 @@ def open_frames(columns: Sequence[Sequence[bytes]], parameters: int, key: SealKe
         FrameInvalid: A frame is malformed.
         OpeningRefused: A sum does not open to what these contributors can have sealed.
     """
-    packing = key.context.packing
-    if len(columns) != packing.frames_for(parameters):
-        raise OpeningRefused("the number of frames does not fit the number of parameters")
-    opened = np.zeros(parameters, dtype=np.uint64)
-    for index, frames in enumerate(columns):
-        start = index * packing.values_per_frame
-        count = min(packing.values_per_frame, parameters - start)
-        slots = key.open_sum([frames])
-        opened[start : start + count] = unpack_sum(slots, count, len(frames), packing)
-    return opened
+    total = RunningSum(parameters, key)
+    for position, frames in enumerate(columns):
+        total.add(position, frames)
+    return total.open(max((len(frames) for frames in columns), default=0))

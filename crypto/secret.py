@@ -128,15 +128,7 @@ class SealKey:
         Returns:
             uint64 (frames, slots).
         """
-        rows = []
-        for frames in columns:
-            total = None
-            for frame in frames:
-                total = self.context.add(total, frame)
-            if total is None:
-                raise FrameInvalid("there is no frame to add")
-            rows.append(self.decrypt(total))
-        return np.stack(rows)
+        return np.stack([self.decrypt(self.context.total(frames)) for frames in columns])
 
     def _own_form(self) -> bytes:
         self._key.save(self._file.path)

@@ -31,10 +31,13 @@ def encode(value: Any) -> bytes:
         value: dict with string keys, list, str, int, finite float, bool or None, nested at will.
 
     Raises:
-        EncodingInvalid: The value has NaN, infinity or a type outside JSON.
+        EncodingInvalid: The value has NaN, infinity, half a surrogate pair, or a type outside JSON.
     """
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        if "\\ud" in text:
+            # half of a surrogate pair is no text: it fails here, not where somebody writes it down
+            json.dumps(value, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise EncodingInvalid("a value cannot be encoded") from error
     return text.encode("ascii")

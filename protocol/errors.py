@@ -217,7 +217,9 @@ class CertificateRefused(FedsealError):
 
     code = "FS-CERT-01"
     what = "A certificate was refused."
-    remedy = "Check its issuer and its dates with fedseal pki show; issue a new one if needed."
+    remedy = (
+        "Check its issuer, its dates and its state with fedseal pki list; renew or sign anew if needed."
+    )
     exit_code = 5
 
 
@@ -477,3 +479,48 @@ class EvaluationRefused(FedsealError):
         "Only what the plan's section evaluation names is counted, once for each model; docs/privacy.md."
     )
     exit_code = 4
+
+
+class LogBroken(FedsealError):
+    """The log of acts was changed, shortened or damaged."""
+
+    code = "FS-LOG-01"
+    what = "The log of acts is not the one that was written."
+    remedy = "Keep the folder log/ as evidence: move it away, find out who could write to it, start anew."
+    exit_code = 3
+
+
+class RunPaused(FedsealError):
+    """A run stopped before its last round and can go on."""
+
+    code = "FS-RUN-04"
+    what = "The run is paused; every finished round is kept."
+    remedy = "Mend the cause and go on with fedseal run --resume RUN --home HOME."
+    exit_code = 11
+
+
+class RunInterrupted(FedsealError):
+    """The coordinator's process ended in the middle of a run or of an attempt."""
+
+    code = "FS-RUN-05"
+    what = "The coordinator's process ended during the run; the attempt under way is void."
+    remedy = "Start fedseal server if it has ended, and go on with fedseal run --resume RUN --home HOME."
+    exit_code = 11
+
+
+class RunBusy(FedsealError):
+    """Another process carries the run out."""
+
+    code = "FS-RUN-06"
+    what = "Another process carries this run out."
+    remedy = "Wait for its end, or stop that process; a run has one coordinator at a time."
+    exit_code = 7
+
+
+class CheckpointInvalid(FedsealError):
+    """The model of the last finished round is missing or is not the recorded one."""
+
+    code = "FS-RUN-07"
+    what = "The checkpoint of the last finished round is missing or is not the recorded one."
+    remedy = "Restore the run's folder from a backup, checkpoints and run.db together, or start a new run."
+    exit_code = 7

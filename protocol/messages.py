@@ -233,11 +233,15 @@ class FitReply(Message):
 
 
 class SealRequest(Message):
-    """`train.seal`: the round's list, in ascending order of fingerprint."""
+    """`train.seal`: the round's list, in ascending order of fingerprint, and the part that is asked for.
+
+    Which frames a part holds is a public function of preset, parameters and cohort: `crypto.parts`.
+    """
 
     session: Digest
     attempt: Count
     ready: list[Signed]
+    part: Count = 0
 
 
 class Header(Body):
@@ -257,24 +261,38 @@ class Header(Body):
 
 
 class SealReply(Message):
-    """Answer to `SealRequest`; the blob beside it holds the frames."""
+    """Answer to `SealRequest`; the blob beside it holds the part's frames.
 
-    header: Signed
+    The header is about all frames, so it comes with the last part.
+    """
+
+    header: Signed | None
 
 
 class OpenRequest(Message):
-    """`query.open`: headers in list order; the blob beside it holds all frames in the same order."""
+    """`query.open`: headers in list order; the blob beside it holds frames in the same order.
+
+    Where the frames of all owners fit into one part (`crypto.parts`), that is part 0. Else part 0 holds the
+    SHA-256 of every frame, owner after owner, and parts 1, 2, ... hold the frames of consecutive positions,
+    owner after owner within a part. Numbers above these ask for the parts of sums that were opened, where
+    they do not fit into one; nothing is beside such a request.
+    """
 
     session: Digest
     attempt: Count
     ready: list[Signed]
     headers: list[Signed]
+    part: Count = 0
 
 
 class OpenReply(Message):
-    """Answer to `OpenRequest`; the blob beside it holds the sums, little-endian uint32."""
+    """Answer to `OpenRequest`.
 
-    opening: Signed
+    There is no opening before all parts are there. The blob beside it holds the sums, little-endian uint32;
+    where they do not fit into one part it is empty, and each part of them is the blob of a later answer.
+    """
+
+    opening: Signed | None
 
 
 class CloseRequest(Message):

@@ -36,7 +36,7 @@ class GlobalModel:
         """Return the model hash: over weights and memory, little-endian float64."""
         state = hashlib.sha256(b"fedseal/model/1\0")
         for part in (self.weights, self.first_moment, self.second_moment):
-            state.update(part.astype("<f8").tobytes())
+            state.update(np.ascontiguousarray(part, dtype="<f8").data.cast("B"))
         return state.hexdigest()
 
     def to_bytes(self) -> bytes:
@@ -61,7 +61,9 @@ def apply_update(model: GlobalModel, mean: Vector, optimizer: ServerOptimizerSec
     """
     rate, beta = optimizer.learning_rate, optimizer.momentum
     if optimizer.name == "fedavg":
-        return GlobalModel(model.weights + rate * mean, model.first_moment, model.second_moment)
+        weights = rate * mean
+        weights += model.weights
+        return GlobalModel(weights, model.first_moment, model.second_moment)
     if optimizer.name == "fedavgm":
         first = beta * model.first_moment + mean
         return GlobalModel(model.weights + rate * first, first, model.second_moment)

@@ -98,9 +98,10 @@ class Plan(Section):
             PlanInvalid: Names the first wrong field and why.
         """
         try:
-            return cls.from_fields(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+            fields = toml_fields(text)
+        except ValueError as error:
             raise PlanInvalid(f"not TOML: {error}") from None
+        return cls.from_fields(fields)
 
     @classmethod
     def from_fields(cls, fields: Any) -> Plan:
@@ -220,6 +221,18 @@ class Plan(Section):
         if self.encryption.update_range is not None:
             return self.encryption.update_range
         return self.update_scale * (self.signal_bound + self._noise_room)
+
+
+def toml_fields(text: str) -> dict[str, Any]:
+    """Return the fields of a TOML text.
+
+    Raises:
+        ValueError: It is no TOML, or is nested too deeply to be read.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def first_problem(error: ValidationError) -> str:

@@ -106,6 +106,11 @@ class DeadlineSection(Section):
     fit_s: Seconds = Field(default=120.0, description="Wait for local training.")
     seal_s: Seconds = Field(default=60.0, description="Wait for encrypted updates.")
     open_s: Seconds = Field(default=60.0, description="Wait for opened sums.")
+    pause_s: Seconds = Field(
+        default=120.0,
+        description="Wait for enough owners to be there before a round; then the run pauses and can be "
+        "resumed.",
+    )
 
 
 class TrainingSection(Section):

@@ -36,6 +36,15 @@ class BenchmarkName(StrEnum):
 
     SEAL = "seal"
     PRIVACY = "privacy"
+    ROUND = "round"
+
+
+DEFAULT_SIZES: Final = {
+    BenchmarkName.SEAL: (1_000_000, 8),
+    BenchmarkName.PRIVACY: (1_000_000, 8),
+    BenchmarkName.ROUND: (100_000, 3),
+}
+"""Length of an update and number of clients, where a person names none."""
 
 
 def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, file: Path) -> None:
@@ -47,7 +56,7 @@ def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, fil
         PeerUnusable: The peer's environment does not hold what the benchmark needs.
     """
     # imported here: the command line shows its help without numpy and the encryption library
-    from scenarios import bench_privacy, bench_seal, bench_seal_targets
+    from scenarios import bench_privacy, bench_round, bench_seal, bench_seal_targets
 
     if file.is_dir() or not file.parent.is_dir():
         raise BenchmarkFailed("--json must name a file in a folder that exists")
@@ -56,6 +65,9 @@ def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, fil
             bench_seal.require_capacity(settings.sizes)
             evaluate = bench_seal_targets.evaluate_seal
             jobs = (bench_seal.build(size, settings.peer, Path(folder)) for size in settings.sizes)
+        elif name is BenchmarkName.ROUND:
+            evaluate = bench_round.evaluate_round
+            jobs = (bench_round.build(size) for size in settings.sizes)
         else:
             evaluate = bench_privacy.evaluate_privacy
             jobs = (bench_privacy.build() for _ in range(1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from rich import box
 from rich.table import Table
@@ -16,6 +16,8 @@ from rich.table import Table
 Run = Mapping[str, Any]
 Figure = Callable[[Run], float | None]
 Entry = dict[str, Any]
+
+_SIGNS: Final = {False: "<= ", True: ">= "}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Target:
         figure: Takes the value out of a run; None if the run has not measured it.
         qualifies: Whether a run counts.
         wanted: Which runs count, for people.
+        least: Smallest value that meets it, for a figure of which more is better; then there is no `most`.
     """
 
     key: str
@@ -37,6 +40,7 @@ class Target:
     figure: Figure
     qualifies: Callable[[Run], bool] = lambda _: True
     wanted: str = "any run"
+    least: float | None = None
 
 
 def evaluate(targets: Sequence[Target], runs: Sequence[Run]) -> dict[str, Entry]:
@@ -54,20 +58,30 @@ def targets_table(entries: Mapping[str, Entry]) -> Table:
     )
     table.add_column("")
     table.add_column("measured", justify="right")
-    table.add_column("at most", justify="right")
+    table.add_column("limit", justify="right")
     table.add_column("")
     table.add_column("from")
     for key, entry in entries.items():
         verdict = {True: "met", False: "missed", None: "-"}[entry["met"]]
         name = f"{key}: {entry['label']}"
         origin = entry["from"] or entry["reason"]
-        table.add_row(name, _shown(entry["value"]), _shown(entry["target"]), verdict, origin)
+        limit = _shown(entry["target"])
+        sign = "" if limit == "-" or isinstance(entry["target"], bool) else _SIGNS[entry["more_is_better"]]
+        table.add_row(name, _shown(entry["value"]), sign + limit, verdict, origin)
     return table
 
 
-def entry(target: float | bool | None, label: str) -> Entry:
+def entry(target: float | bool | None, label: str, *, more_is_better: bool = False) -> Entry:
     """Return an entry without a value."""
-    return {"value": None, "target": target, "label": label, "met": None, "from": None, "reason": None}
+    return {
+        "value": None,
+        "target": target,
+        "more_is_better": more_is_better,
+        "label": label,
+        "met": None,
+        "from": None,
+        "reason": None,
+    }
 
 
 def size_name(run: Run) -> str:
@@ -102,15 +116,18 @@ def ratio_of(arm: str, other: str, metric: str) -> Figure:
 
 
 def _limited(target: Target, runs: Sequence[Run]) -> Entry:
-    result = entry(target.most, target.label)
+    falls = target.least is not None
+    limit = target.least if falls else target.most
+    result = entry(limit, target.label, more_is_better=falls)
     chosen = [run for run in runs if target.qualifies(run)]
     if not chosen:
         return result | {"reason": f"no run with {target.wanted}"}
     known = [(value, run) for run in chosen if (value := target.figure(run)) is not None]
     if not known:
         return result | {"reason": "the peer was not measured"}
-    value, run = max(known, key=lambda pair: pair[0])
-    met = None if target.most is None else value <= target.most
+    worst = min if falls else max
+    value, run = worst(known, key=lambda pair: pair[0])
+    met = None if limit is None else (value >= limit if falls else value <= limit)
     return result | {"value": value, "met": met, "from": size_name(run)}
 
 

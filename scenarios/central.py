@@ -66,6 +66,7 @@ class CentralTraining:
         self, number: int, model: GlobalModel, accuracy: float | None, seconds: dict[str, float]
     ) -> None:
         facts = {"accuracy": accuracy, "seconds": seconds}
+        self.store.write_checkpoint(number, model)
         self.store.finish_round(number, number, facts, b"", model)
         self.store.event(
             "round",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from audit.conclude import Conclusion, conclude
 from client.ledger import Ledger
 from client.owner import IDENTITY, LEDGER, POLICY
 from client.policy import Policy
-from protocol.errors import RunFailed, ServerUnavailable
+from protocol.errors import ServerUnavailable
 from protocol.plan import Plan
 from scenarios.federation import Federation, OwnerHome, make_federation
 from scenarios.processes import Processes
@@ -22,11 +21,11 @@ from server.process import free_port
 from server.release import release_key
 from server.store import RunStore
 from server.submit import prepare_run, read_addresses, submit
+from server.watch import Listener, follow
 from tasks.partition import digits, write_examples
 
 PLANS = Path(__file__).parent / "plans"
 _START_S, _POLL_S = 60.0, 0.1
-Listener = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def run_demo(options: DemoOptions, listen: Listener) -> dict[str, Any]:
         store = prepare_run(federation.server_home, options.plan, public_file)
         wait_for_coordinator(processes, federation.server_home)
         listen("stage", {"text": "submitting the run"})
-        submit(federation.server_home, store)
-        follow(store, processes, listen)
+        submit(federation.server_home, store, federation.link())
+        follow(store, listen, coordinator_ended=lambda: "coordinator" in processes.ended())
     listen("stage", {"text": "compressing, packaging and signing the model"})
     key = release_key(federation.server_home, federation.server_passphrase)
     conclusion = conclude(
@@ -123,28 +122,6 @@ def wait_for_coordinator(processes: Processes, home: Path) -> None:
             return
         time.sleep(_POLL_S)
     raise ServerUnavailable("the coordinator did not start in time")
-
-
-def follow(store: RunStore, processes: Processes | None, listen: Listener) -> None:
-    """Pass a run's events on until it has ended.
-
-    Raises:
-        RunFailed: It ended before its last round, or the coordinator's process ended.
-    """
-    last = 0
-    while True:
-        for identifier, _moment, kind, facts in store.events(last):
-            last = identifier
-            listen(kind, facts)
-        state = store.get("state")
-        if state == "finished":
-            return
-        if state in ("failed", "paused"):
-            problem = store.get("problem", {})
-            raise RunFailed(f"{state}: {problem.get('code', 'no code')}")
-        if processes is not None and "coordinator" in processes.ended():
-            raise RunFailed("the coordinator's process ended")
-        time.sleep(_POLL_S)
 
 
 def owner_spending(owner: OwnerHome) -> dict[str, Any]:

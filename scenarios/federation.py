@@ -10,8 +10,9 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from cryptography import x509
@@ -20,14 +21,22 @@ from numpy.typing import NDArray
 
 from client.owner import IDENTITY, POLICY
 from crypto.certificates import fingerprint
-from crypto.pki import init_pki, issue_owner, issue_server
+from crypto.identity import REQUEST, install, load_operator, make_request
+from crypto.pki import init_pki, sign_request
+from crypto.requests import Party
+from crypto.trust import parse
 from crypto.vault import write_private
-from protocol.errors import HomeExists
-from server.submit import MEMBERS
+from protocol.errors import CertificateRefused, HomeExists
+from server.home import MEMBERS, OPERATOR
 from tasks.partition import write_examples
+
+if TYPE_CHECKING:
+    from server.control import ControlLink
 
 Split = tuple[NDArray[Any], NDArray[Any]]
 DATA = "data.npz"
+LOCAL_HOSTS = ("localhost", "127.0.0.1")
+"""Names of a coordinator's certificate that serves one machine."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,22 @@ class Federation:
         folder: Holds ``pki/``, ``server/`` and ``owners/``.
         server_home: The coordinator's home.
         server_passphrase: Opens the coordinator's TLS key.
+        operator_passphrase: Opens the key of the operator, whose identity lies in the coordinator's home.
         owners: The owners' homes.
     """
 
     folder: Path
     server_home: Path
     server_passphrase: bytes
+    operator_passphrase: bytes
     owners: tuple[OwnerHome, ...]
+
+    def link(self) -> ControlLink:
+        """Return the operator's connection to the coordinator."""
+        from server.control import ControlLink
+
+        identity = self.server_home / OPERATOR
+        return ControlLink(self.server_home, identity, load_operator(identity, self.operator_passphrase))
 
 
 @dataclass(frozen=True)
@@ -98,69 +116,77 @@ def make_federation(
     """
     pki, authority_passphrase = folder / "pki", _passphrase()
     init_pki(pki, "fedseal demo authority", authority_passphrase, days=30)
-    server_passphrase = _passphrase()
-    issue_server(pki, authority_passphrase, server_passphrase, days=30)
-    names = [f"owner-{index + 1}" for index in range(len(splits))]
-    issued = {}
-    for name in names:
-        passphrase = _passphrase()
-        credentials = issue_owner(pki, authority_passphrase, name, passphrase, days=30)
-        issued[name] = (passphrase, fingerprint(credentials.signing_key.public_key()))
-    pins = {name: print_ for name, (_, print_) in issued.items()}
-    server_home = folder / "server"
-    make_coordinator_home(server_home, pki / "server", pki / "members")
+    server_home, server_passphrase, operator_passphrase = folder / "server", _passphrase(), _passphrase()
+    enrol = partial(_enrol, pki, authority_passphrase)
+    enrol(server_home / IDENTITY, "coordinator", "coordinator", server_passphrase, LOCAL_HOSTS)
+    enrol(server_home / OPERATOR, "operator", "operator", operator_passphrase)
     owners = []
-    for name, split in zip(names, splits, strict=True):
-        passphrase, print_ = issued[name]
+    for index in range(len(splits)):
+        name, passphrase = f"owner-{index + 1}", _passphrase()
         home = folder / "owners" / name
-        data = folder / f"{name}.npz"
+        owners.append(OwnerHome(name, home, passphrase, enrol(home / IDENTITY, "owner", name, passphrase)))
+    make_coordinator_home(server_home, pki / MEMBERS)
+    for owner, split in zip(owners, splits, strict=True):
+        data = folder / f"{owner.name}.npz"
         write_examples(data, *split)
-        pinned = {peer: pin for peer, pin in pins.items() if peer != name}
-        make_owner_home(home, pki / "owners" / name, data, f"{name}-records", pinned, settings)
+        pinned = {peer.name: peer.fingerprint for peer in owners if peer is not owner}
+        make_owner_home(owner.folder, data, f"{owner.name}-records", pinned, settings)
         data.unlink()
-        owners.append(OwnerHome(name, home, passphrase, print_))
-    return Federation(folder, server_home, server_passphrase, tuple(owners))
+    return Federation(folder, server_home, server_passphrase, operator_passphrase, tuple(owners))
 
 
-def make_coordinator_home(home: Path, identity: Path, members: Path) -> None:
-    """Lay out a coordinator's home.
+def _enrol(
+    pki: Path,
+    authority_passphrase: bytes,
+    identity: Path,
+    party: Party,
+    name: str,
+    passphrase: bytes,
+    hosts: Sequence[str] = (),
+) -> str:
+    """Do what a holder and the authority do when a party is admitted; returns its fingerprint."""
+    make_request(identity, party, name, passphrase, hosts)
+    request, answer = sign_request(pki, authority_passphrase, (identity / REQUEST).read_bytes(), days=30)
+    install(identity, answer.read_bytes())
+    return request.fingerprint
+
+
+def make_coordinator_home(home: Path, members: Path) -> None:
+    """Lay out a coordinator's home around its identity.
 
     Args:
-        home: New folder.
-        identity: As issued by the authority: certificate, sealed key, authority, revocation list.
+        home: Folder in which ``fedseal pki request`` and ``fedseal pki install`` made the identity.
         members: Certificates of all members.
 
     Raises:
-        HomeExists: The home is there already.
+        HomeExists: The home was laid out before.
+        CertificateRefused: It has no identity yet.
     """
-    _new_home(home)
-    shutil.copytree(identity, home / IDENTITY)
+    _require_identity(home, "server.crt", MEMBERS)
     shutil.copytree(members, home / MEMBERS)
 
 
 def make_owner_home(
     home: Path,
-    identity: Path,
     data: Path,
     dataset: str,
     pinned: Mapping[str, str],
     settings: PolicySettings | None = None,
 ) -> None:
-    """Lay out an owner's home, with a copy of its data and a policy to edit.
+    """Lay out an owner's home around its identity, with a copy of its data and a policy to edit.
 
     Args:
-        home: New folder.
-        identity: As issued by the authority.
+        home: Folder in which ``fedseal pki request`` and ``fedseal pki install`` made the identity.
         data: The owner's examples.
         dataset: Name under which the privacy budget is kept; never reused for other people.
         pinned: Names and fingerprints of the other owners that this owner knows.
         settings: Budget and conditions.
 
     Raises:
-        HomeExists: The home is there already.
+        HomeExists: The home was laid out before.
+        CertificateRefused: It has no identity yet.
     """
-    _new_home(home)
-    shutil.copytree(identity, home / IDENTITY)
+    _require_identity(home, "signing.crt", POLICY)
     shutil.copyfile(data, home / DATA)
     (home / DATA).chmod(0o600)
     fields = policy_fields(dataset, pinned, settings or PolicySettings())
@@ -200,7 +226,7 @@ def pins_of(folder: Path, own: Path) -> dict[str, str]:
         folder: Holds ``<name>.signing.crt`` files that the owners themselves handed over.
         own: The owner's identity folder.
     """
-    mine = (own / "signing.crt").read_bytes()
+    mine = parse(own / "signing.crt", bytes)
     pins = {}
     for file in sorted(folder.glob("*.signing.crt")):
         if file.read_bytes() == mine:
@@ -211,10 +237,12 @@ def pins_of(folder: Path, own: Path) -> dict[str, str]:
     return pins
 
 
-def _new_home(home: Path) -> None:
-    if home.exists():
+def _require_identity(home: Path, certificate: str, laid_out: str) -> None:
+    if (home / laid_out).exists():
         raise HomeExists
-    home.mkdir(mode=0o700, parents=True)
+    if not (home / IDENTITY / certificate).is_file():
+        raise CertificateRefused(f"there is no {certificate} in {IDENTITY}/ of this home; install it first")
+    home.chmod(0o700)
 
 
 def _passphrase() -> bytes:

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+FEDSEAL = (sys.executable, "-m", "fedseal")
 _TERM_WAIT_S = 10.0
 
 
@@ -41,13 +42,21 @@ class Processes:
         """Stop everything, whatever happened."""
         self.stop()
 
-    def start(self, name: str, arguments: Sequence[str], passphrase: bytes | None = None) -> int:
-        """Start ``fedseal`` with these arguments and return the pid.
+    def start(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        passphrase: bytes | None = None,
+        *,
+        program: Sequence[str] = FEDSEAL,
+        environment: Mapping[str, str] | None = None,
+    ) -> int:
+        """Start ``fedseal``, or another program, with these arguments and return the pid.
 
         A passphrase goes through a pipe of which the child reads the one end; it stands neither on the
         command line nor in the environment nor on a disk.
         """
-        command = [sys.executable, "-m", "fedseal", *arguments]
+        command = [*program, *arguments]
         descriptors: tuple[int, ...] = ()
         if passphrase is not None:
             reader, writer = os.pipe()
@@ -63,6 +72,7 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 pass_fds=descriptors,
                 start_new_session=True,
+                env=None if environment is None else {**os.environ, **environment},
             )
         for descriptor in descriptors:
             os.close(descriptor)

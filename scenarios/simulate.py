@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,16 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from client.app import make_app
 from client.owner import Owner, open_owner
-from crypto.pki import load_trust
+from crypto.trust import load_trust
 from protocol.errors import PlanInvalid
 from protocol.evaluation import planned_worst_epsilon, promised_loss
-from protocol.plan import Plan, first_problem
+from protocol.plan import Plan, first_problem, toml_fields
 from scenarios.central import CentralTraining, prepare_central
 from scenarios.federation import PolicySettings, make_federation
 from scenarios.grid import LocalGrid
 from server.app import PUBLIC_DATA, run_plan
+from server.home import IDENTITY
 from server.store import RunStore
-from server.submit import IDENTITY
 from tasks.partition import Shard, digits, fashion_mnist, write_examples
 from tasks.registry import task_for
 from tasks.resolve import resolve
@@ -78,11 +77,11 @@ class Scenario(BaseModel):
             PlanInvalid: The scenario or its plan is not valid; names the field.
         """
         try:
-            scenario = cls.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+            scenario = cls.model_validate(toml_fields(file.read_text(encoding="utf-8")))
             text = (file.parent / scenario.plan).read_text(encoding="utf-8")
         except ValidationError as error:
             raise PlanInvalid(first_problem(error)) from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        except (OSError, ValueError):
             raise PlanInvalid("the scenario file or its plan cannot be read") from None
         return scenario, Plan.from_toml(text)
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from crypto.pki import Trust, load_trust
-from protocol.errors import FedsealError, RunFailed, ServerUnavailable
+from crypto.auditlog import FOLDER, AuditLog
+from crypto.trust import Trust, load_trust
+from protocol.errors import FedsealError, RunFailed, RunInterrupted, ServerUnavailable
+from protocol.evaluation import run_epsilon
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
-from server.store import RunStore, now_text
+from server.store import RESUMABLE, RunStore, now_text
 from server.strategy import Evaluate, SealStrategy, paused_or_failed
 from tasks.images import unflatten
 from tasks.registry import task_for
@@ -29,6 +31,7 @@ _LOG = logging.getLogger("fedseal.server")
 HOME_VARIABLE = "FEDSEAL_SERVER_HOME"
 PUBLIC_DATA = "public.npz"
 _PARENT_CHECK_S = 0.2
+_CLAIM_WAIT_S = 15.0
 
 
 def evaluator(plan: Plan, public_data: Path) -> Evaluate:
@@ -50,17 +53,25 @@ def run_plan(
     store: RunStore,
     trust: Trust,
 ) -> None:
-    """Run the plan of a store over a grid; the store ends as finished, paused or failed.
+    """Run the plan of a store over a grid, or go on with it; the store ends as finished, paused or failed.
 
     Raises:
+        RunBusy: Another process carries the run out; nothing is recorded.
         FedsealError: Why the run did not finish; it is recorded before it is raised.
     """
+    store.claim(_CLAIM_WAIT_S)
+    if store.get("state", "submitted") not in RESUMABLE:
+        raise RunFailed("this run has ended; start a new one")
     plan = store.plan()
     initial = GlobalModel.initial(task_for(plan).initial_weights(plan))
     evaluate = evaluator(plan, store.folder / PUBLIC_DATA)
-    store.set("state", "running")
-    store.set("started_at", now_text())
+    with store.transaction():
+        store.set("state", "running")
+        store.set("problem", None)
+        store.set("started_at", store.get("started_at") or now_text())
     store.set("loaded_secret_modules", secret_modules())
+    # the accountant takes seconds to load, for which no owner shall wait in the first round
+    run_epsilon(plan, 1, 0)
     try:
         SealStrategy(store, initial, evaluate, trust).start(grid)
     except FedsealError as error:
@@ -71,10 +82,18 @@ def run_plan(
 
 
 def _record_end(store: RunStore, error: FedsealError) -> None:
-    store.set("state", paused_or_failed(error))
-    store.set("problem", {"code": error.code, "text": error.explain()})
-    store.set("finished_at", now_text())
-    store.event("ended", state=paused_or_failed(error), code=error.code)
+    state = paused_or_failed(error)
+    with store.transaction():
+        store.set("state", state)
+        store.set("problem", {"code": error.code, "detail": str(error), "text": error.explain()})
+        store.set("finished_at", now_text())
+        store.event("ended", state=state, code=error.code)
+
+
+def note_interruption(store: RunStore) -> None:
+    """Record a run as paused that says it is running although no process carries it out any more."""
+    if store.get("state") == "running" and not store.is_carried_out():
+        _record_end(store, RunInterrupted())
 
 
 def secret_modules() -> list[str]:
@@ -95,7 +114,7 @@ def open_run_folder(name: str) -> RunStore:
     folder = Path(home) / "runs" / name
     if not folder.is_dir():
         raise RunFailed("the run's configuration names no run of this coordinator")
-    return RunStore(folder)
+    return RunStore(folder, AuditLog(Path(home) / FOLDER))
 
 
 def _end_with_parent(folder: Path) -> None:
@@ -108,7 +127,7 @@ def _end_with_parent(folder: Path) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_PARENT_CHECK_S)
-        store = RunStore(folder)
+        store = open_run_folder(folder.name)
         if store.get("state") == "running":
             _record_end(store, ServerUnavailable("the coordinator was stopped during the run"))
         store.close()

@@ -9,20 +9,20 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from protocol.errors import EncodingInvalid
-from protocol.records import from_record, to_record
-from server.flower import online_nodes, pull
+from protocol.records import from_record, to_records
+from server.flower import ReplyPuller, is_answer, nodes_by_key, online_nodes, push
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")
 _CODE = re.compile(r"FS-[A-Z]{1,16}-\d{2}")
-_FIRST_POLL_S, _LAST_POLL_S, _ALIVE_CHECK_S = 0.02, 0.25, 2.0
+_FIRST_POLL_S, _LAST_POLL_S, _ALIVE_CHECK_S = 0.01, 0.25, 2.0
 
 BLOB_CONTENT = {
     ("received", "train.seal"): "ciphertext frames",
@@ -36,12 +36,16 @@ BLOB_CONTENT = {
 
 @dataclass(frozen=True)
 class Reply:
-    """A node's answer: its message's bytes, or the code of the error that it answered."""
+    """A node's answer: its message's bytes, or the code of the error that it answered.
+
+    `part` says which of the requests to this node it answers.
+    """
 
     node: int
     body: bytes = b""
     blob: bytes = b""
     code: str | None = None
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class Request:
 
     body: bytes
     blob: bytes = b""
+
+
+Place = tuple[int, int]
+"""A node and the number of one of its requests."""
 
 
 class Exchanger:
@@ -63,73 +71,135 @@ class Exchanger:
     def __init__(self, grid: Grid, store: RunStore) -> None:
         self._grid = grid
         self._store = store
+        self._puller = ReplyPuller(grid)
+        self._overdue: dict[str, int] = {}
+        self._connected: dict[int, str] = {}
 
     def online(self) -> dict[int, str]:
         """Return the nodes that are online, with the time of their last activation."""
-        return online_nodes(self._grid)
+        self._connected = online_nodes(self._grid)
+        return self._connected
+
+    def online_by_key(self) -> dict[str, tuple[int, str]]:
+        """Return id and last activation of the nodes that are online, by public transport key."""
+        found = nodes_by_key(self._grid)
+        self._connected = dict(found.values())
+        return found
+
+    def late(self) -> Iterator[int]:
+        """Yield the nodes whose answers came after their deadline; the answers are dropped."""
+        if not self._overdue:
+            return
+        for message in self._puller.pull(list(self._overdue), 0.0):
+            node = self._overdue.pop(message.metadata.reply_to_message_id, None)
+            if node is not None and is_answer(message):
+                _LOG.warning("an answer to %s came late and is dropped", message.metadata.message_type)
+                yield node
 
     def ask(
         self,
         kind: str,
-        requests: Mapping[int, Request],
+        requests: Mapping[int, Request] | Mapping[int, Sequence[Request]],
         deadline_s: float,
     ) -> Iterator[Reply]:
-        """Send each node its request and yield replies until all are there or time is up.
+        """Send each node its requests and yield replies until all are there or time is up.
 
         Args:
             kind: Message type, for example ``train.fit``.
-            requests: Request by node.
+            requests: Request by node, or several of them, in the order in which they are numbered.
             deadline_s: Longest wait for all replies together.
 
         Yields:
-            One reply per node that answered, errors included; silent nodes yield nothing.
+            One reply per request that was answered, errors included; silent nodes yield nothing.
         """
-        waiting = self._push(kind, requests)
+        numbered = _numbered(requests)
+        waiting = self._push(kind, numbered)
+        lost, connected, gone = set[Place](), dict(self._connected), set[int]()
         deadline = time.monotonic() + deadline_s
         pause, alive_check = _FIRST_POLL_S, time.monotonic() + _ALIVE_CHECK_S
-        while waiting and time.monotonic() < deadline:
-            messages = pull(self._grid, waiting)
-            for message in messages:
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield self._received(kind, node, message)
-            if messages:
+        while (waiting or lost) and time.monotonic() < deadline:
+            asked_at = time.monotonic()
+            replied = False
+            for message in self._replies(waiting, min(deadline - asked_at, _ALIVE_CHECK_S)):
+                place = waiting.pop(message.metadata.reply_to_message_id, None)
+                self._overdue.pop(message.metadata.reply_to_message_id, None)
+                if place is None:
+                    continue
+                if not is_answer(message):
+                    lost.add(place)
+                    continue
+                replied = True
+                waiting = {key: other for key, other in waiting.items() if other != place}
+                yield self._received(kind, *place, message)
+            if replied:
                 pause = _FIRST_POLL_S
                 continue
-            time.sleep(pause)
+            # a grid that waits for replies itself has used this time up
+            time.sleep(max(0.0, pause - (time.monotonic() - asked_at)))
             pause = min(pause * 1.3, _LAST_POLL_S)
             if time.monotonic() > alive_check:
                 online = self.online()
-                waiting = {key: node for key, node in waiting.items() if node in online}
+                missing = {node for node, _part in (*waiting.values(), *lost)} - online.keys()
+                # a node that connects anew is off for a moment
+                waiting = {key: place for key, place in waiting.items() if place[0] not in missing & gone}
+                lost = {place for place in lost if place[0] not in missing & gone}
+                back = {node for node, since in online.items() if connected.get(node, since) != since}
+                again = {place for place in waiting.values() if place[0] in back}
+                again |= {place for place in lost if place[0] in online}
+                waiting |= self._ask_again(kind, {place: numbered[place] for place in sorted(again)})
+                lost, connected, gone = lost - again, connected | online, missing
                 alive_check = time.monotonic() + _ALIVE_CHECK_S
 
-    def _push(self, kind: str, requests: Mapping[int, Request]) -> dict[str, int]:
-        nodes = list(requests)
+    def _replies(self, waiting: Mapping[str, Place], wait_s: float) -> Iterator[Message]:
+        return self._puller.pull(list(waiting), wait_s) if waiting else iter(())
+
+    def _ask_again(self, kind: str, numbered: Mapping[Place, Request]) -> dict[str, Place]:
+        """Repeat requests to nodes that connected anew: they, or the answers, may have been lost.
+
+        A node gives the same bytes again for the same request, so that nothing is done twice.
+        """
+        if not numbered:
+            return {}
+        _LOG.warning("%s is asked again of nodes that connected anew", kind)
+        return self._push(kind, numbered)
+
+    def _push(self, kind: str, numbered: Mapping[Place, Request]) -> dict[str, Place]:
+        """Send requests; returns the node and the number of each by the id of its message."""
+        records = to_records((one.body, one.blob) for one in numbered.values())
         messages = [
-            Message(to_record(requests[node].body, requests[node].blob), node, kind) for node in nodes
+            Message(record, node, kind) for record, (node, _part) in zip(records, numbered, strict=True)
         ]
-        identifiers = self._grid.push_messages(messages)
-        sent = {key: node for key, node in zip(identifiers, nodes, strict=True) if key}
-        for node in sent.values():
-            self._count("sent", kind, requests[node].body, requests[node].blob)
+        identifiers = push(self._grid, messages)
+        sent = {key: place for key, place in zip(identifiers, numbered, strict=True) if key}
+        for place in sent.values():
+            self._count("sent", kind, numbered[place].body, numbered[place].blob)
+        self._overdue |= {key: node for key, (node, _part) in sent.items()}
         return sent
 
-    def _received(self, kind: str, node: int, message: Message) -> Reply:
+    def _received(self, kind: str, node: int, part: int, message: Message) -> Reply:
         if message.has_error():
             reason = message.error.reason or ""
             code = reason if _CODE.fullmatch(reason) else "FS-RUN-01"
             self._store.transfer("received", kind, "error code", len(reason.encode()))
-            return Reply(node, code=code)
+            return Reply(node, code=code, part=part)
         try:
             body, blob = from_record(message.content)
         except EncodingInvalid as error:
             self._store.transfer("received", kind, "unclassified", 0)
-            return Reply(node, code=error.code)
+            return Reply(node, code=error.code, part=part)
         self._count("received", kind, body, blob)
-        return Reply(node, body, blob)
+        return Reply(node, body, blob, part=part)
 
     def _count(self, direction: str, kind: str, body: bytes, blob: bytes) -> None:
         self._store.transfer(direction, kind, "signed metadata", len(body))
         if blob:
             content = BLOB_CONTENT.get((direction, kind), "unclassified")
             self._store.transfer(direction, kind, content, len(blob))
+
+
+def _numbered(requests: Mapping[int, Request] | Mapping[int, Sequence[Request]]) -> dict[Place, Request]:
+    return {
+        (node, part): one
+        for node, asked in requests.items()
+        for part, one in enumerate([asked] if isinstance(asked, Request) else asked)
+    }

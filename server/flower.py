@@ -1,4 +1,6 @@
-"""The only module of the coordinator that touches private parts of Flower 1.41.0.
+"""What the coordinator uses of the private parts of Flower 1.41.0.
+
+Beside it only `server.flower_batches`, `server.flower_control` and `server.flower_objects` do.
 
 Each function says what it assumes. `tests/integration/test_flower_contract.py` checks every assumption by
 name, so that an upgrade of Flower fails there first.
@@ -8,38 +10,25 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from protocol.errors import FlowerChanged, ServerUnavailable
+from protocol.batches import INLINE_BYTES, PULL_PATH, PUSH_PATH, RawMessage, join_batch, split_batch
+from protocol.errors import EncodingInvalid, FlowerChanged
+from server.flower_objects import objects_on_disk
 
 PULL_BACKOFF_S = 0.02
 """First wait for an object that is still being uploaded; Flower's own default is a whole second."""
 
-_BUNDLE = """
-[project]
-name = "fedseal"
-version = "0.1.0"
-description = "Run configuration; the code is the installed one."
-license = {text = "Apache-2.0"}
-dependencies = []
-
-[tool.flwr.app]
-publisher = "fedseal"
-
-[tool.flwr.app.components]
-serverapp = "server.app:app"
-clientapp = "client.app:app"
-
-[tool.flwr.app.config]
-run = ""
-"""
+_SUPERLINK_NODE = 1
+_ONE = 1
+"""Large objects are moved one after the other: each is copied several times on its way through a process."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +36,20 @@ class SuperLinkOptions:
     """Addresses and files of a SuperLink.
 
     Attributes:
-        control_port: Loopback port of the control and runtime APIs.
+        runtime_port: Loopback port of the runtime API.
         authority_file: PEM of the authority that signed the server's certificate.
         certificate_file: PEM of the server's certificate.
         key_file: Path from which the server's private key can be loaded with `key_password`.
         key_password: One-time password of `key_file`.
+        object_folder: Gets large objects in transit; it is emptied.
     """
 
-    control_port: int
+    runtime_port: int
     authority_file: Path
     certificate_file: Path
     key_file: str
     key_password: str
+    object_folder: Path
 
 
 def superlink_app(options: SuperLinkOptions) -> Any:
@@ -77,7 +68,7 @@ def superlink_app(options: SuperLinkOptions) -> Any:
         arguments = [
             "flower-superlink",
             "--host=127.0.0.1",
-            f"--port={options.control_port}",
+            f"--port={options.runtime_port}",
             f"--ssl-ca-certfile={options.authority_file}",
             f"--ssl-certfile={options.certificate_file}",
             f"--ssl-keyfile={options.key_file}",
@@ -86,7 +77,8 @@ def superlink_app(options: SuperLinkOptions) -> Any:
         ]
         with _arguments(arguments):
             config = cli._parse_superlink_lifespan_config()
-        return create_app(config, cli.SuperLinkLifespan)
+        with objects_on_disk(options.object_folder):
+            return create_app(config, cli.SuperLinkLifespan)
     except (ImportError, AttributeError, TypeError) as error:
         raise FlowerChanged("the SuperLink cannot be built") from error
 
@@ -100,112 +92,152 @@ def _arguments(arguments: Sequence[str]) -> Iterator[None]:
         sys.argv = saved
 
 
-class ControlClient:
-    """Client of the loopback control API.
+def push(grid: Grid, messages: Sequence[Message]) -> list[str]:
+    """Push messages with their objects in one request; returns one id per message, empty if refused.
 
-    Assumes `flwr.supercore.control.ControlHttpClient` and the protobuf requests that it takes.
+    Assumes that `HttpGrid` keeps its client as ``_runtime_client`` and makes a message's id as here. What
+    does not fit into a batch is pushed by Flower's own requests. Other grids push as they are.
+    """
+    client = getattr(grid, "_runtime_client", None)
+    if client is None:
+        return list(grid.push_messages(list(messages)))
+    from flwr.app.message import remove_content_from_message
+    from flwr.common.serde import message_to_proto
+    from flwr.proto.node_pb2 import Node
+    from flwr.proto.runtime_pb2 import PushAppMessagesRequest, PushAppMessagesResponse
+    from flwr.supercore.inflatable.inflatable_object import (
+        get_all_nested_objects,
+        get_object_tree,
+        no_object_id_recompute,
+    )
+    from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
+    from flwr.supercore.inflatable.inflatable_utils import push_objects
+
+    with no_object_id_recompute():
+        request, objects = PushAppMessagesRequest(), {}
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = message.object_id
+            request.messages_list.append(message_to_proto(remove_content_from_message(message)))
+            request.message_object_trees.append(get_object_tree(message))
+            objects.update(get_all_nested_objects(message))
+        items = [request.SerializeToString(), *_contents(objects)]
+        (answered,) = split_batch(_asked(client, PUSH_PATH, items))
+        answer = PushAppMessagesResponse.FromString(answered)
+        push_object = make_push_object_fn_protobuf(
+            client.PushObject, Node(node_id=_SUPERLINK_NODE), 0, answer.session_id
+        )
+        wanted = set(answer.objects_to_push)
+        push_objects(objects, push_object, object_ids_to_push=wanted, max_concurrent_pushes=_ONE)
+    return list(answer.message_ids)
+
+
+def _contents(objects: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the content of objects as far as it fits into a batch."""
+    left = INLINE_BYTES
+    for one in objects.values():
+        content = one.deflate()
+        left -= len(content)
+        if left < 0:
+            return
+        yield content
+
+
+class ReplyPuller:
+    """Pulls the replies to messages, each as soon as it is there.
+
+    Assumes what `push` does, and that an object that is not there yet is announced by its tree. Content
+    that did not fit into a batch is fetched message by message, so that at most one of those is in memory.
 
     Args:
-        port: Loopback port of the control API.
-        authority: PEM of the authority that signed the server's certificate.
+        grid: Flower's grid over HTTP, or another, which pulls as it is.
     """
 
-    def __init__(self, port: int, authority: bytes) -> None:
-        from flwr.supercore.control import ControlHttpClient
-        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._received: list[str] = []
 
-        self._client = ControlHttpClient.from_server_address(
-            f"127.0.0.1:{port}",
-            False,
-            authority,
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="fedseal")],
+    def pull(self, message_ids: Iterable[str], wait_s: float) -> Iterator[Message]:
+        """Yield the replies that are there; if there is none, wait for the first, if the grid can wait."""
+        client = getattr(self._grid, "_runtime_client", None)
+        if client is None:
+            yield from self._grid.pull_messages(set(message_ids))
+            return
+        from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+        from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+
+        request = PullAppMessagesRequest(message_ids=list(message_ids)).SerializeToString()
+        receipts, self._received = [key.encode() for key in self._received], []
+        items = [request, int(1000 * wait_s).to_bytes(4, "little"), *receipts]
+        answer = split_batch(_asked(client, PULL_PATH, items))
+        if not answer:
+            return
+        found, contents = PullAppMessagesResponse.FromString(answer[0]), iter(answer[1:])
+        batches = []
+        for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            keys = [item.object_id for item in iterate_object_tree(tree)]
+            batches.append((message, {key: next(contents) for key in keys}))
+        del answer, contents
+        while batches:
+            message, held = batches.pop(0)
+            yield self._inflated(client, message, held)
+
+    def _inflated(self, client: Any, message: Any, contents: dict[str, bytes]) -> Message:
+        from flwr.proto.node_pb2 import Node
+        from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+        from flwr.supercore.inflatable.inflatable_utils import (
+            ObjectPullError,
+            inflate_object_from_contents,
+            pull_objects,
         )
 
-    def register_node(self, name: str, public_key: bytes) -> None:
-        """Let a node with this PEM-encoded EC public key in; a known key is left as it is."""
-        import httpx
-        from flwr.proto.control_pb2 import RegisterNodeRequest
-
+        identifier = message.metadata.message_id
+        missing = [key for key, content in contents.items() if not content]
+        pull_object = make_pull_object_fn_protobuf(client.PullObject, Node(node_id=_SUPERLINK_NODE), 0)
         try:
-            self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code != httpx.codes.CONFLICT and not _already_there(error):
-                raise ServerUnavailable("a node could not be registered") from None
-
-    def start_run(self, run: str) -> int:
-        """Start a run whose configuration names a folder of the run store; returns Flower's run id."""
-        import httpx
-        from flwr.common.serde import fab_to_proto, user_config_to_proto
-        from flwr.proto.control_pb2 import StartRunRequest
-
-        request = StartRunRequest(
-            fab=fab_to_proto(_bundle()), override_config=user_config_to_proto({"run": run})
-        )
+            contents.update(
+                pull_objects(
+                    missing,
+                    pull_object,
+                    max_concurrent_pulls=_ONE,
+                    initial_backoff=PULL_BACKOFF_S,
+                    backoff_cap=1.0,
+                )
+            )
+        except ObjectPullError:
+            return _unavailable(message)
+        self._received.append(identifier)
         try:
-            return int(self._client.StartRun(request).run_id)
-        except httpx.HTTPError:
-            raise ServerUnavailable("the control API on the loopback port does not answer") from None
-
-    def stop_run(self, run_id: int) -> None:
-        """Stop a run."""
-        from flwr.proto.control_pb2 import StopRunRequest
-
-        self._client.StopRun(StopRunRequest(run_id=run_id))
-
-    def run_status(self, run_id: int) -> str:
-        """Return Flower's word for a run's state, or an empty string if the SuperLink does not answer."""
-        import httpx
-        from flwr.proto.control_pb2 import ListRunsRequest
-
-        try:
-            runs = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
-        except httpx.HTTPError:
-            return ""
-        status = runs[run_id].status if run_id in runs else None
-        return "" if status is None else f"{status.status}:{status.sub_status}".rstrip(":")
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
+            full = inflate_object_from_contents(identifier, contents)
+        except Exception:  # a member's bytes: Flower's parsers raise what they like
+            full = None
+        # an answer, so that its sender is not asked again; its code is that of a malformed message
+        return full if isinstance(full, Message) else _standing_for(message, EncodingInvalid.code)
 
 
-def _already_there(error: Any) -> bool:
-    return "already" in error.response.text.lower()
+def _unavailable(message: Any) -> Message:
+    """Return the error reply that stands for one whose objects never came."""
+    return _standing_for(message, None)
 
 
-def _bundle() -> Any:
-    """Return Flower's app bundle with nothing but a configuration.
+def _standing_for(message: Any, code: str | None) -> Message:
+    from flwr.app.message import make_message
+    from flwr.common.constant import ErrorCode
+    from flwr.common.serde import message_from_proto
 
-    The components are named but their code is not in the bundle: the coordinator runs its installed
-    `server.app`, and owners never load anything from a bundle.
-    """
-    import hashlib
-
-    from flwr.cli.build import build_fab_from_files
-    from flwr.supercore.fab import Fab
-
-    content, _ = build_fab_from_files({"pyproject.toml": _BUNDLE.encode()})
-    return Fab(hashlib.sha256(content).hexdigest(), content, {})
+    metadata = message_from_proto(message).metadata
+    kind = ErrorCode.MESSAGE_UNAVAILABLE if code is None else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    return make_message(metadata=metadata, error=Error(kind, code or ""))
 
 
-def pull(grid: Grid, message_ids: Iterable[str]) -> list[Message]:
-    """Pull the replies that are there, without Flower's first wait of a second per object.
-
-    Assumes that `HttpGrid.pull_messages` calls `flwr.superlink.grid.http_grid.pull_objects`, whose
-    waits are keyword arguments with module-level defaults. Other grids pull as they are.
-    """
-    module = sys.modules.get("flwr.superlink.grid.http_grid")
-    if module is not None and not hasattr(module.pull_objects, "fedseal"):
-        original = module.pull_objects
-
-        def quick(*arguments: Any, **options: Any) -> Any:
-            options.setdefault("initial_backoff", PULL_BACKOFF_S)
-            options.setdefault("backoff_cap", 1.0)
-            return original(*arguments, **options)
-
-        quick.fedseal = True  # type: ignore[attr-defined]
-        module.pull_objects = quick  # type: ignore[attr-defined]
-    return list(grid.pull_messages(set(message_ids)))
+def _asked(client: Any, path: str, items: Iterable[bytes]) -> bytes:
+    """Send a batch and return the answer's bytes."""
+    answer = client._unary_unary(
+        path=path,
+        rpc_method=path,
+        request=RawMessage(join_batch(items)),
+        response_type=RawMessage,
+    )
+    return bytes(answer.content)
 
 
 def online_nodes(grid: Grid) -> dict[int, str]:
@@ -217,6 +249,28 @@ def online_nodes(grid: Grid) -> dict[int, str]:
     if get_nodes is None:
         return dict.fromkeys(grid.get_node_ids(), "")
     return {node.node_id: str(node.last_activated_at) for node in get_nodes()}
+
+
+def nodes_by_key(grid: Grid) -> dict[str, tuple[int, str]]:
+    """Return id and last activation of the nodes that are online, by their public transport key.
+
+    Assumes `Grid.get_nodes`, and that a node's record holds the key that it was registered with. A grid
+    whose nodes have no keys reports their ids in place of them.
+    """
+    return {
+        node.public_key.hex() or str(node.node_id): (node.node_id, str(node.last_activated_at))
+        for node in grid.get_nodes()
+    }
+
+
+def is_answer(message: Message) -> bool:
+    """Tell whether a reply comes from a node's app, and not from Flower for a node that is gone.
+
+    Assumes the error code that `client.app` answers with.
+    """
+    from flwr.common.constant import ErrorCode
+
+    return not message.has_error() or message.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 def set_identity(run_id: int, node_id: int) -> None:

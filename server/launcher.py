@@ -1,8 +1,10 @@
-"""The coordinator process: Flower's SuperLink behind two listeners.
+"""The coordinator process: Flower's SuperLink behind three listeners.
 
-The control and runtime APIs are served on the loopback address only. Owners reach nothing but the fleet
-API, on a listener that demands TLS 1.3 and a client certificate of the federation's authority. Owners
-are registered from the certificates in the members folder.
+Owners reach nothing but the fleet API, on a listener that demands TLS 1.3 and a certificate for an owner's
+transport. Operators reach nothing but `server.control`, on a Unix socket that demands TLS 1.3 and an
+operator's certificate. The runtime API is for the run's own process; its loopback listener closes
+connections of other users of the machine. Flower's control API is on no listener. Owners are registered
+from the certificates in the members folder.
 """
 
 from __future__ import annotations
@@ -11,19 +13,38 @@ import asyncio
 import logging
 import signal
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.flower import ControlClient, SuperLinkOptions, superlink_app
+from crypto.auditlog import KeptLog
+from crypto.certificates import key_sha256
+from crypto.trust import Trust, list_number
+from protocol.errors import FedsealError
+from server.admission import (
+    PEER,
+    Admission,
+    SameUserProtocol,
+    certified_protocol,
+    end_refused_connections,
+)
+from server.control import ControlEndpoint, control_socket
+from server.flower import SuperLinkOptions, superlink_app
+from server.flower_batches import Batches
+from server.flower_control import ControlClient
+from server.home import MEMBERS
+from server.limits import Bounded, PatientLoop, allow_many_files, refuse
 
 _LOG = logging.getLogger("fedseal.server")
 _DENIED = {"/v1/fleet/register-node", "/v1/fleet/unregister-node"}
-_RESCAN_S = 2.0
+_WATCH_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,50 +60,135 @@ class ListenerOptions:
     port: int
 
 
-class FleetOnly:
-    """ASGI filter: only the fleet API, without self-registration, and the health check pass."""
+@dataclass(frozen=True)
+class Coordinator:
+    """What the listeners of a coordinator share.
 
-    def __init__(self, app: Any) -> None:
+    Attributes:
+        home: Its home folder.
+        trust: The authority, and its list as it is now.
+        log: Its log of acts.
+    """
+
+    home: Path
+    trust: Trust
+    log: KeptLog
+
+
+class Only:
+    """ASGI filter: what a listener does not serve is not there.
+
+    Args:
+        app: The app behind it.
+        serves: Tells whether a path is served.
+    """
+
+    def __init__(self, app: Any, serves: Callable[[str], bool]) -> None:
         self._app = app
+        self._serves = serves
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Answer 404 to everything that owners have no business with."""
-        path = scope.get("path", "")
-        fleet = path.startswith("/v1/fleet/") and path.rstrip("/") not in _DENIED
-        allowed = path == "/health" or fleet
-        if scope["type"] == "http" and allowed:
+        """Answer 404 to everything that the peers of this listener have no business with."""
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and self._serves(scope["path"])):
             await self._app(scope, receive, send)
-            return
-        if scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 404, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+        elif scope["type"] == "http":
+            await refuse(send, 404)
 
 
-def serve(options: SuperLinkOptions, listener: ListenerOptions, members: Path, ready: Any = None) -> None:
+def for_owners(path: str) -> bool:
+    """Tell whether the listener of the owners serves a path: the fleet API without self-registration."""
+    return path == "/health" or (path.startswith("/v1/fleet/") and path.rstrip("/") not in _DENIED)
+
+
+def for_own_processes(path: str) -> bool:
+    """Tell whether the loopback listener serves a path."""
+    return path == "/health" or path.startswith("/v1/runtime/")
+
+
+def serve(
+    options: SuperLinkOptions,
+    listener: ListenerOptions,
+    coordinator: Coordinator,
+    ready: Callable[[], None] | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
         options: The SuperLink's addresses and files.
         listener: Where owners connect.
-        members: Folder with the transport certificates of all members.
-        ready: Called once without arguments when both listeners accept connections.
+        coordinator: Home, trust and log.
+        ready: Called once without arguments when all listeners accept connections.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises a signal again once it has stopped; the process is to end normally then
         signal.signal(number, lambda _number, _frame: None)
+    allow_many_files()
+    with asyncio.Runner(loop_factory=PatientLoop) as runner:
+        runner.run(_serve(options, listener, coordinator, ready))
+
+
+async def _serve(
+    options: SuperLinkOptions,
+    listener: ListenerOptions,
+    coordinator: Coordinator,
+    ready: Callable[[], None] | None,
+) -> None:
     app = superlink_app(options)
-    private = uvicorn.Server(_config(app, options, "127.0.0.1", options.control_port, lifespan="on"))
-    public_config = _config(FleetOnly(app), options, listener.host, listener.port, lifespan="off")
-    _require_client_certificates(public_config, options.authority_file)
-    asyncio.run(_serve_both(private, uvicorn.Server(public_config), options, members, ready))
+    batches, flower = Batches(app), ControlClient(app, asyncio.get_running_loop())
+    private = _server(
+        Only(batches.runtime, for_own_processes),
+        options,
+        SameUserProtocol,
+        host="127.0.0.1",
+        port=options.runtime_port,
+        lifespan="on",
+    )
+    endpoint = ControlEndpoint(coordinator.home, flower, coordinator.log)
+    let_in = partial(Admission, coordinator.trust, log=coordinator.log)
+    operators = _certified_server(endpoint, options, let_in("operator"))
+    owners = _certified_server(
+        Bounded(Only(batches.fleet, for_owners), PEER),
+        options,
+        let_in("owner-transport"),
+        host=listener.host,
+        port=listener.port,
+    )
+    members = Members(coordinator, flower)
+    with control_socket(coordinator.home) as control:
+        tasks = [asyncio.create_task(private.serve())]
+        await _started(private, tasks)
+        await asyncio.to_thread(members.register)
+        tasks += [
+            asyncio.create_task(operators.serve(sockets=[control])),
+            asyncio.create_task(owners.serve()),
+        ]
+        await _started(operators, tasks)
+        await _started(owners, tasks)
+        if ready is not None and owners.started:
+            ready()
+        watch = asyncio.create_task(_watch(coordinator, members, [owners, operators]))
+        await asyncio.wait([*tasks, watch], return_when=asyncio.FIRST_COMPLETED)
+        watch.cancel()
+        for server in (private, operators, owners):
+            server.should_exit = True
+        await asyncio.gather(*tasks, return_exceptions=True)
+        flower.close()
+        if watch.done() and not watch.cancelled():
+            watch.result()
 
 
-def _config(app: Any, options: SuperLinkOptions, host: str, port: int, lifespan: Any) -> uvicorn.Config:
-    return uvicorn.Config(
+async def _started(server: uvicorn.Server, tasks: list[asyncio.Task[None]]) -> None:
+    while not server.started and not any(task.done() for task in tasks):
+        await asyncio.sleep(0.02)
+
+
+def _server(
+    app: Any, options: SuperLinkOptions, protocol: type[HttpToolsProtocol], **where: Any
+) -> uvicorn.Server:
+    config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
-        lifespan=lifespan,
+        http=protocol,
+        ws="none",
         access_log=False,
         log_level="warning",
         server_header=False,
@@ -91,59 +197,79 @@ def _config(app: Any, options: SuperLinkOptions, host: str, port: int, lifespan:
         ssl_certfile=options.certificate_file,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=2,
+        **where,
     )
-
-
-def _require_client_certificates(config: uvicorn.Config, authority_file: Path) -> None:
     config.load()
-    context = config.ssl
+    if config.ssl is None:
+        raise RuntimeError("a listener has no TLS context")
+    config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
+    return uvicorn.Server(config)
+
+
+def _certified_server(
+    app: Any, options: SuperLinkOptions, admission: Admission, **where: Any
+) -> uvicorn.Server:
+    server = _server(app, options, certified_protocol(admission), lifespan="off", **where)
+    context = server.config.ssl
     if context is None:
-        raise RuntimeError("the fleet listener has no TLS context")
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(authority_file)
+        raise RuntimeError("a listener has no TLS context")
+    context.load_verify_locations(options.authority_file)
     context.verify_mode = ssl.CERT_REQUIRED
+    return server
 
 
-async def _serve_both(
-    private: uvicorn.Server,
-    public: uvicorn.Server,
-    options: SuperLinkOptions,
-    members: Path,
-    ready: Any,
-) -> None:
-    tasks = [asyncio.create_task(private.serve())]
-    while not private.started and not tasks[0].done():
-        await asyncio.sleep(0.02)
-    client = ControlClient(options.control_port, options.authority_file.read_bytes())
-    registered: set[str] = set()
-    await asyncio.to_thread(_register_members, client, members, registered)
-    tasks.append(asyncio.create_task(public.serve()))
-    while not public.started and not any(task.done() for task in tasks):
-        await asyncio.sleep(0.02)
-    if ready is not None and public.started:
-        ready()
-    rescan = asyncio.create_task(_keep_registering(client, members, registered))
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    rescan.cancel()
-    private.should_exit = public.should_exit = True
-    await asyncio.gather(*tasks, return_exceptions=True)
-    client.close()
-
-
-async def _keep_registering(client: ControlClient, members: Path, registered: set[str]) -> None:
+async def _watch(coordinator: Coordinator, members: Members, servers: list[uvicorn.Server]) -> None:
+    """Notice new members and revocations, and sign the log, until cancelled."""
+    number = 0
     while True:
-        await asyncio.sleep(_RESCAN_S)
-        await asyncio.to_thread(_register_members, client, members, registered)
+        for server in servers:
+            end_refused_connections(server.server_state.connections)
+        number = await asyncio.to_thread(_note_revocations, coordinator, number)
+        await asyncio.to_thread(members.register)
+        await asyncio.to_thread(coordinator.log.sign)
+        await asyncio.sleep(_WATCH_S)
 
 
-def _register_members(client: ControlClient, members: Path, registered: set[str]) -> None:
-    """Register every member whose transport certificate is new in the folder."""
-    for file in sorted(members.glob("*.transport.crt")):
-        name = file.name.removesuffix(".transport.crt")
-        if name in registered:
-            continue
-        certificate = x509.load_pem_x509_certificate(file.read_bytes())
-        public_key = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        client.register_node(name, public_key)
-        registered.add(name)
-        _LOG.info("member registered")
+def _note_revocations(coordinator: Coordinator, known: int) -> int:
+    """Record a revocation list that is new; returns its number."""
+    try:
+        revocations = coordinator.trust.revocations
+    except FedsealError:
+        return known
+    number = list_number(revocations)
+    if number != known:
+        coordinator.log.record("revocations.read", number=str(number), revoked=len(revocations))
+    return number
+
+
+class Members:
+    """Registers the owners whose transport certificates lie in the members folder.
+
+    Args:
+        coordinator: Its home and its log.
+        flower: Flower's control API.
+    """
+
+    def __init__(self, coordinator: Coordinator, flower: ControlClient) -> None:
+        self._folder = coordinator.home / MEMBERS
+        self._log = coordinator.log
+        self._flower = flower
+        self._registered: set[str] = set()
+
+    def register(self) -> None:
+        """Register every member whose transport key is new in the folder."""
+        for file in sorted(self._folder.glob("*.transport.crt")):
+            try:
+                key = x509.load_pem_x509_certificate(file.read_bytes()).public_key()
+            except (OSError, ValueError):
+                # perhaps half of a file that is being copied; it is looked at again
+                continue
+            fingerprint = key_sha256(key)
+            if fingerprint in self._registered:
+                continue
+            pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+            name = file.name.removesuffix(".transport.crt")
+            self._flower.register_node(name, pem)
+            self._registered.add(fingerprint)
+            self._log.record("member.registered", name=name, transport=fingerprint)
+            _LOG.info("member registered")

@@ -8,19 +8,24 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from crypto.pki import load_server, ssl_key_file
+from crypto.auditlog import FOLDER, AuditLog, KeptLog
+from crypto.certificates import ServerCredentials, key_sha256
+from crypto.identity import load_server, ssl_key_file
+from crypto.trust import load_trust
+from protocol.environment import return_large_memory
 from protocol.errors import CertificateRefused
 from server.app import HOME_VARIABLE
 from server.flower import SuperLinkOptions
-from server.launcher import ListenerOptions, serve
-from server.submit import IDENTITY, MEMBERS, Addresses, forget_addresses, write_addresses
+from server.home import IDENTITY, MEMBERS
+from server.launcher import Coordinator, ListenerOptions, serve
+from server.submit import Addresses, forget_addresses, write_addresses
 
 
 def run_server(
     home: Path,
     passphrase: bytes,
     listener: ListenerOptions,
-    control_port: int = 0,
+    runtime_port: int = 0,
     ready: Callable[[], None] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM.
@@ -29,33 +34,50 @@ def run_server(
         home: The coordinator's home, with ``identity/`` and ``members/``.
         passphrase: Opens the TLS key.
         listener: Where owners connect.
-        control_port: Loopback port of the control API; 0 takes a free one.
-        ready: Called once when both listeners accept connections.
+        runtime_port: Loopback port of Flower's runtime API; 0 takes a free one.
+        ready: Called once when all listeners accept connections.
 
     Raises:
         SecretUnavailable, CertificateRefused: The identity cannot be opened.
+        LogBroken: The log of acts is not the one that was written.
     """
+    return_large_memory()
     identity = home / IDENTITY
     credentials = load_server(identity, passphrase)
     if not (home / MEMBERS).is_dir():
         raise CertificateRefused("the coordinator's home has no members folder")
     os.environ[HOME_VARIABLE] = str(home.resolve())
     os.environ["FLWR_HOME"] = str((home / "flower").resolve())
-    port = control_port or free_port()
+    coordinator = _coordinator(home, credentials)
+    port = runtime_port or free_port()
     with ssl_key_file(credentials.key) as (key_file, password):
         options = SuperLinkOptions(
-            control_port=port,
+            runtime_port=port,
             authority_file=identity / "ca.crt",
             certificate_file=identity / "server.crt",
             key_file=key_file,
             key_password=password,
+            object_folder=home / "flower" / "objects",
         )
         addresses = Addresses(port, listener.host, listener.port)
         forget_addresses(home)
+        certificate = key_sha256(credentials.certificate.public_key())
+        coordinator.log.record(
+            "server.start", certificate=certificate, host=listener.host, port=listener.port
+        )
         try:
-            serve(options, listener, home / MEMBERS, partial(_announce, home, addresses, ready))
+            serve(options, listener, coordinator, partial(_announce, home, addresses, ready))
         finally:
             forget_addresses(home)
+            coordinator.log.record("server.stop")
+            coordinator.log.sign()
+
+
+def _coordinator(home: Path, credentials: ServerCredentials) -> Coordinator:
+    trust = load_trust(home / IDENTITY)
+    log = KeptLog(AuditLog(home / FOLDER), "coordinator", credentials.key, credentials.certificate)
+    log.begin(trust.authority)
+    return Coordinator(home, trust, log)
 
 
 def _announce(home: Path, addresses: Addresses, ready: Callable[[], None] | None) -> None:

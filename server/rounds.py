@@ -7,8 +7,7 @@ frames on to the openers, who add them; it accepts an opened sum only when a quo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -18,17 +17,17 @@ from crypto.frames import SealContext
 from crypto.packing import mean_update
 from crypto.presets import Packing
 from crypto.signing import verify
-from protocol.encoding import digest, digest_bytes
-from protocol.errors import FedsealError, FrameInvalid, ProtocolViolation, QuorumNotMet
+from protocol.errors import (
+    FrameInvalid,
+    ProtocolViolation,
+    QuorumNotMet,
+    RunInterrupted,
+)
 from protocol.evaluation import COUNTS, Estimate
 from protocol.messages import (
     FitReply,
     FitRequest,
     Header,
-    Opening,
-    OpenReply,
-    OpenRequest,
-    Purpose,
     Ready,
     SealReply,
     SealRequest,
@@ -36,42 +35,15 @@ from protocol.messages import (
 )
 from protocol.optimizers import GlobalModel, apply_update
 from protocol.plan import Plan
+from server.attempts import Attempt
+from server.attendance import Attendance
 from server.evaluation import federated_accuracy
 from server.exchange import Exchanger, Reply, Request
+from server.gathering import Gathering
 from server.layout import frame_layout
+from server.openings import Checks, OpeningExchange
 from server.session import Member, ServerSession
 from server.store import RunStore
-
-
-@dataclass
-class Attempt:
-    """What happened in one attempt.
-
-    Attributes:
-        number: Attempt number.
-        round: Round that it tries to finish, or whose model it evaluates.
-        model_hash: The model that was trained from or evaluated.
-        purpose: What the attempt is for.
-        seconds: Wall time of each exchange.
-        upload_bytes: Bytes that a contributor sent for its update: header and frames.
-        download_bytes: Bytes that an opener received.
-        ready: Signed ready messages of the list, in order.
-        headers: Signed headers in list order.
-        openings: Signed openings that agree.
-        sums: Opened sums, little-endian uint32.
-    """
-
-    number: int
-    round: int
-    model_hash: str
-    purpose: Purpose = "train"
-    seconds: dict[str, float] = field(default_factory=dict)
-    upload_bytes: int = 0
-    download_bytes: int = 0
-    ready: list[Signed] = field(default_factory=list)
-    headers: list[Signed] = field(default_factory=list)
-    openings: list[Signed] = field(default_factory=list)
-    sums: bytes = b""
 
 
 class RoundRunner:
@@ -101,7 +73,11 @@ class RoundRunner:
         self._context = SealContext(packing, frame_layout(plan))
         store.set("frame_bytes", self._context.frame_bytes)
         self._seeds: set[bytes] = set()
+        self.attendance = Attendance(exchanger, store, plan, session)
+        self._checks = Checks(store)
+        self._opening = OpeningExchange(exchanger, self._checks, plan, session, self.attendance)
         self.steps: list[list[Signed]] = []
+        self._newest_sums = (range(0), b"")
 
     def run(self, attempt: Attempt, model: GlobalModel) -> GlobalModel:
         """Carry one training attempt through and return the next model.
@@ -114,7 +90,7 @@ class RoundRunner:
         self._carry(attempt, model.weights.size)
         contributors = [signed.signer for signed in attempt.headers]
         mean = mean_update(
-            np.frombuffer(attempt.sums, dtype="<u4").astype(np.uint64),
+            np.frombuffer(attempt.sums, dtype="<u4"),
             len(contributors),
             self._plan.update_range,
             self._packing,
@@ -132,53 +108,45 @@ class RoundRunner:
         started = time.monotonic()
         self._fit(attempt)
         attempt.seconds["fit"] = time.monotonic() - started
-        started = time.monotonic()
-        frames = self._seal(attempt, parameters)
-        attempt.seconds["seal"] = time.monotonic() - started
-        started = time.monotonic()
-        self._open(attempt, frames, parameters)
-        attempt.seconds["open"] = time.monotonic() - started
+        with Gathering(self._store.folder, self._context, parameters) as gathering:
+            started = time.monotonic()
+            self._seal(attempt, gathering, parameters)
+            attempt.seconds["seal"] = time.monotonic() - started
+            started = time.monotonic()
+            self._opening.carry(attempt, gathering, parameters)
+            attempt.seconds["open"] = time.monotonic() - started
 
     # --- fit ---------------------------------------------------------------------------------------
 
     def _fit(self, attempt: Attempt) -> None:
-        invited = self._invited()
+        invited = self.attendance.present()
         if len(invited) < self._plan.cohort.minimum:
             raise QuorumNotMet(f"{len(invited)} owners are there")
+        for member in invited:
+            member.problem = None
         requests = {member.node: self.step_request(attempt, member) for member in invited}
         ready: dict[str, Signed] = {}
         answered: set[str] = set()
         for reply in self._exchanger.ask("train.fit", requests, self._plan.deadlines.fit_s):
             member = self._session.by_node(reply.node)
             answered.add(member.fingerprint)
-            signed = self._checked(member, reply, partial(self._ready, attempt, member))
+            signed = self._checks.checked(member, reply, partial(self._ready, attempt, member))
             if signed is not None:
                 ready[member.fingerprint] = signed
         # whoever refuses an evaluation may still train
-        self._mark_absent(invited, ready.keys() if attempt.purpose == "train" else answered)
+        self.attendance.leave_out(invited, ready.keys() if attempt.purpose == "train" else answered)
         if len(ready) < self._plan.cohort.minimum:
             raise QuorumNotMet(f"{len(ready)} owners are ready, {self._plan.cohort.minimum} are needed")
         attempt.ready = [ready[fingerprint] for fingerprint in sorted(ready)]
 
-    def _invited(self) -> list[Member]:
-        """Return the members to ask: those online, less those that failed since their last start."""
-        online = self._exchanger.online()
-        invited = []
-        for member in self._session.members.values():
-            if member.node not in online:
-                continue
-            if online[member.node] != member.activated:
-                member.activated, member.absent, member.known_round = online[member.node], False, 0
-            if not member.absent and not member.excluded:
-                invited.append(member)
-        return invited
-
     def step_request(self, attempt: Attempt, member: Member) -> Request:
         """Return the fit request for a member, with the rounds that it may not have applied yet."""
         steps = self.steps[member.known_round :]
-        sums = b"".join(
-            self._store.sums(number) for number in range(member.known_round + 1, len(self.steps) + 1)
-        )
+        missed = range(member.known_round + 1, len(self.steps) + 1)
+        # most members have missed the same rounds: their requests share one copy of the sums
+        if self._newest_sums[0] != missed:
+            self._newest_sums = (missed, b"".join([self._store.sums(number) for number in missed]))
+        sums = self._newest_sums[1]
         message = FitRequest(
             session=self._session.session,
             attempt=attempt.number,
@@ -202,33 +170,66 @@ class RoundRunner:
 
     # --- seal --------------------------------------------------------------------------------------
 
-    def _seal(self, attempt: Attempt, parameters: int) -> list[bytes]:
+    def _seal(self, attempt: Attempt, gathering: Gathering, parameters: int) -> None:
         listed = [self._session.members[signed.signer] for signed in attempt.ready]
         message = SealRequest(session=self._session.session, attempt=attempt.number, ready=attempt.ready)
-        request = Request(message.to_bytes())
-        sealed: dict[str, tuple[Signed, bytes]] = {}
+        requests = [
+            Request(message.model_copy(update={"part": part}).to_bytes())
+            for part in range(len(gathering.parts))
+        ]
+        self._note_asked(attempt, listed)
+        sealed: dict[str, Signed] = {}
         for reply in self._exchanger.ask(
             "train.seal",
-            {member.node: request for member in listed},
+            {member.node: requests for member in listed},
             self._plan.deadlines.seal_s,
         ):
             member = self._session.by_node(reply.node)
-            signed = self._checked(member, reply, partial(self._header, attempt, member, parameters))
+            if member.problem is not None:
+                continue
+            take = partial(self._take_part, attempt, member, gathering, parameters)
+            signed = self._checks.checked(member, reply, take)
             if signed is None:
                 continue
-            sealed[member.fingerprint] = (signed, reply.blob)
-            member.note_sealed(attempt.purpose)
-            attempt.upload_bytes = len(reply.body) + len(reply.blob)
-        self._mark_absent(listed, sealed.keys())
+            sealed[member.fingerprint] = signed
+            member.note_received(attempt.purpose)
+            attempt.upload_bytes = gathering.received_bytes[member.fingerprint]
+        self.attendance.blame(listed, sealed.keys())
         if len(sealed) < len(listed):
             raise ProtocolViolation("an owner of the list did not seal; its masks do not cancel")
-        attempt.headers = [sealed[signed.signer][0] for signed in attempt.ready]
-        return [sealed[signed.signer][1] for signed in attempt.ready]
+        attempt.headers = [sealed[signed.signer] for signed in attempt.ready]
 
-    def _header(self, attempt: Attempt, member: Member, parameters: int, reply: Reply) -> Signed:
-        signed = SealReply.from_bytes(reply.body).header
-        header = verify(signed, member.public_key, Header)
-        frames = self._context.split(reply.blob, self._packing.frames_for(parameters))
+    def _note_asked(self, attempt: Attempt, listed: Sequence[Member]) -> None:
+        """Record, before anybody is asked to seal, whom it may cost: a crash must not lose that."""
+        attempt.asked = [member.fingerprint for member in listed]
+        with self._store.transaction():
+            for member in listed:
+                member.problem = None
+                member.note_asked(attempt.purpose)
+                self._store.put_owner(member.fingerprint, member.facts())
+            facts = attempt.facts(reason=RunInterrupted.code)
+            self._store.void_attempt(attempt.number, attempt.purpose, attempt.round, facts)
+
+    def _take_part(
+        self, attempt: Attempt, member: Member, gathering: Gathering, parameters: int, reply: Reply
+    ) -> Signed | None:
+        """Keep a part of an owner's frames; returns its header once all of them are there."""
+        signed, owner = SealReply.from_bytes(reply.body).header, member.fingerprint
+        if (signed is None) == (reply.part == len(gathering.parts) - 1):
+            raise ProtocolViolation("the header must come with the last part and with no other")
+        if signed is not None:
+            verify(signed, member.public_key, Header)
+            gathering.headers[owner] = signed
+        frames = gathering.take(owner, reply.part, reply.blob)
+        self._note_seeds(member, frames)
+        size = len(reply.body) + len(reply.blob)
+        gathering.received_bytes[owner] = gathering.received_bytes.get(owner, 0) + size
+        if not gathering.is_complete(owner):
+            return None
+        return self._header(attempt, member, gathering, parameters)
+
+    def _header(self, attempt: Attempt, member: Member, gathering: Gathering, parameters: int) -> Signed:
+        signed = gathering.headers[member.fingerprint]
         expected = Header(
             version=1,
             session=self._session.session,
@@ -238,14 +239,12 @@ class RoundRunner:
             list_hash=signed_hash(attempt.ready),
             model_hash=attempt.model_hash,
             parameters=parameters,
-            frames=len(frames),
-            frames_hash=digest([digest_bytes(frame) for frame in frames]),
+            frames=self._packing.frames_for(parameters),
+            frames_hash=gathering.frames_hash(member.fingerprint),
         )
-        if header != expected:
+        if verify(signed, member.public_key, Header) != expected:
             raise FrameInvalid("a header does not describe the frames of this attempt")
-        for frame in frames:
-            self._context.check(frame)
-        self._note_seeds(member, frames)
+        gathering.check_own_form(member.fingerprint)
         return signed
 
     def _note_seeds(self, member: Member, frames: Sequence[bytes]) -> None:
@@ -259,99 +258,3 @@ class RoundRunner:
             self._store.event("repeated_seed", owner=member.name)
             raise FrameInvalid("a ciphertext seed occurred before")
         self._seeds |= seeds
-
-    # --- open --------------------------------------------------------------------------------------
-
-    def _open(self, attempt: Attempt, frames: Sequence[bytes], parameters: int) -> None:
-        message = OpenRequest(
-            session=self._session.session,
-            attempt=attempt.number,
-            ready=attempt.ready,
-            headers=attempt.headers,
-        )
-        request = Request(message.to_bytes(), b"".join(frames))
-        attempt.download_bytes = len(request.body) + len(request.blob)
-        answers: dict[tuple[str, str], list[Signed]] = {}
-        sums: dict[str, bytes] = {}
-        for openers in self._opener_groups(attempt):
-            for reply in self._exchanger.ask(
-                "query.open",
-                {member.node: request for member in openers},
-                self._plan.deadlines.open_s,
-            ):
-                member = self._session.by_node(reply.node)
-                signed = self._checked(member, reply, partial(self._opening, attempt, member, parameters))
-                if signed is not None:
-                    body = Opening.from_fields(signed.body)
-                    answers.setdefault((body.sums_hash, body.headers_hash), []).append(signed)
-                    sums[body.sums_hash] = reply.blob
-            agreed = next((k for k, v in answers.items() if len(v) >= self._plan.encryption.quorum), None)
-            if agreed is not None:
-                self._set_aside(answers, agreed)
-                attempt.openings = sorted(answers[agreed], key=lambda signed: signed.signer)
-                attempt.sums = sums[agreed[0]]
-                return
-        raise QuorumNotMet("no quorum of openers agrees on the sum")
-
-    def _set_aside(self, answers: dict[tuple[str, str], list[Signed]], agreed: tuple[str, str]) -> None:
-        """Record openers that signed another sum than the quorum, and leave them out from now on."""
-        for signed in (one for key, group in answers.items() if key != agreed for one in group):
-            member = self._session.members[signed.signer]
-            member.excluded = True
-            self._store.event("deviating", owner=member.name, opening=signed.model_dump(mode="json"))
-
-    def _opener_groups(self, attempt: Attempt) -> Iterable[list[Member]]:
-        """Yield the first quorum + 1 openers, rotating by attempt, then the rest one by one."""
-        listed = [self._session.members[signed.signer] for signed in attempt.ready]
-        turn = attempt.number % len(listed)
-        ordered = listed[turn:] + listed[:turn]
-        first = min(self._plan.encryption.quorum + 1, len(ordered))
-        yield ordered[:first]
-        for member in ordered[first:]:
-            yield [member]
-
-    def _opening(self, attempt: Attempt, member: Member, parameters: int, reply: Reply) -> Signed:
-        signed = OpenReply.from_bytes(reply.body).opening
-        body = verify(signed, member.public_key, Opening)
-        expected = Opening(
-            session=self._session.session,
-            attempt=attempt.number,
-            purpose=attempt.purpose,
-            list_hash=signed_hash(attempt.ready),
-            headers_hash=signed_hash(attempt.headers),
-            model_hash=attempt.model_hash,
-            contributors=len(attempt.headers),
-            total_weight=self._total_weight(attempt),
-            sums_hash=digest_bytes(reply.blob),
-        )
-        if body != expected or len(reply.blob) != 4 * parameters:
-            raise ProtocolViolation("an opening is not for this attempt")
-        return signed
-
-    def _total_weight(self, attempt: Attempt) -> float:
-        signers = [signed.signer for signed in attempt.headers]
-        return self._plan.total_weight(signers) if attempt.purpose == "train" else float(len(signers))
-
-    # --- shared ------------------------------------------------------------------------------------
-
-    def _checked(self, member: Member, reply: Reply, check: Callable[[Reply], Signed]) -> Signed | None:
-        """Return the checked reply, or record why it is not accepted."""
-        try:
-            if reply.code is not None:
-                self._refused(member, reply.code)
-                return None
-            return check(reply)
-        except FedsealError as error:
-            self._refused(member, error.code)
-            return None
-
-    def _refused(self, member: Member, code: str) -> None:
-        self._store.refuse(member.fingerprint, "round", code)
-        self._store.event("refused", owner=member.name, code=code)
-
-    def _mark_absent(self, asked: Sequence[Member], answered: Iterable[str]) -> None:
-        present = set(answered)
-        for member in asked:
-            if member.fingerprint not in present and not member.absent:
-                member.absent = True
-                self._store.event("absent", owner=member.name)

@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from crypto.agreement import signed_hash, wrap_digests, wraps_hash
 from crypto.certificates import verify_signing_certificate
-from crypto.pki import Trust
 from crypto.signing import signed_head, verify
+from crypto.trust import Trust
 from protocol.encoding import digest_bytes
 from protocol.errors import FedsealError, ProtocolViolation, QuorumNotMet
 from protocol.messages import (
@@ -30,6 +31,7 @@ from protocol.messages import (
     RosterRequest,
     Session,
     Signed,
+    Statement,
     Wraps,
 )
 from protocol.plan import Plan
@@ -37,7 +39,8 @@ from server.exchange import Exchanger, Reply, Request
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")
-_SETTLE_S = 3.0
+SETTLE_S = 3.0
+"""Seconds without anybody new after which enough owners need not be all owners."""
 
 
 @dataclass
@@ -47,7 +50,8 @@ class Member:
     Attributes:
         name: Common name of its certificate.
         fingerprint: SHA-256 of its signing public key.
-        node: Flower's node id; a restarted node keeps it.
+        node: Flower's node id; a restarted node keeps it, a restarted coordinator gives another.
+        node_key: Its node's public transport key, by which it is found again.
         public_key: Verifies its signatures.
         joined: Its join as it was sent.
         first_head: Ledger head that it signed when it joined.
@@ -57,14 +61,21 @@ class Member:
         activated: Node activation in which it was last asked; it is skipped once it failed to answer,
             until it comes back.
         absent: Whether it failed to answer since that activation.
-        excluded: Whether it signed a sum that a quorum contradicts; it takes no further part.
-        sealed: Training attempts that it sealed.
-        sealed_evaluations: Evaluations that it sealed.
+        problem: Code of its newest refusal or fault; None once it is asked again.
+        excluded: Whether it is left out of the rest of the run.
+        voided: Sealed attempts that were void because of it.
+        sealed: Training attempts for which it may have sealed: those it was asked to seal, until its
+            statement says how many it did seal.
+        sealed_evaluations: The same of evaluations.
+        received: Training attempts for which its frames arrived.
+        received_evaluations: The same of evaluations.
+        statement: Its closing statement.
     """
 
     name: str
     fingerprint: str
     node: int
+    node_key: str
     public_key: Ed25519PublicKey
     joined: JoinReply
     first_head: LedgerHead
@@ -73,16 +84,60 @@ class Member:
     known_round: int = 0
     activated: str = ""
     absent: bool = False
+    problem: str | None = None
     excluded: bool = False
+    voided: int = 0
     sealed: int = 0
     sealed_evaluations: int = 0
+    received: int = 0
+    received_evaluations: int = 0
+    statement: Signed | None = None
 
-    def note_sealed(self, purpose: Purpose) -> None:
-        """Count one more sealed attempt; each of them costs this owner privacy."""
+    def note_asked(self, purpose: Purpose) -> None:
+        """Count one more attempt that may cost this owner privacy; before it is asked to seal."""
         if purpose == "train":
             self.sealed += 1
         else:
             self.sealed_evaluations += 1
+
+    def note_received(self, purpose: Purpose) -> None:
+        """Count one more attempt that did cost this owner privacy."""
+        if purpose == "train":
+            self.received += 1
+        else:
+            self.received_evaluations += 1
+
+    def note_statement(self, signed: Signed, body: Statement) -> None:
+        """Take an owner's own count, as far as it is not below what arrived."""
+        self.statement, self.last_head = signed, body.ledger
+        self.sealed = max(self.received, body.sealed_attempts)
+        self.sealed_evaluations = max(self.received_evaluations, body.sealed_evaluations)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the run store records of this owner; `server.resume` reads it again."""
+        return {
+            "name": self.name,
+            "certificate": self.joined.model_dump(mode="json")["certificate"],
+            "ledger_first": self.first_head.model_dump(mode="json"),
+            "ledger_last": self.last_head.model_dump(mode="json"),
+            "sealed": self.sealed,
+            "sealed_evaluations": self.sealed_evaluations,
+            "statement": _dumped(self.statement),
+            "member": {
+                "node_key": self.node_key,
+                "joined": self.joined.model_dump(mode="json"),
+                "ready": _dumped(self.ready),
+                "known_round": self.known_round,
+                "excluded": self.excluded,
+                "voided": self.voided,
+                "received": self.received,
+                "received_evaluations": self.received_evaluations,
+            },
+        }
+
+
+def _dumped(message: Signed | None) -> dict[str, Any] | None:
+    return None if message is None else message.model_dump(mode="json")
 
 
 @dataclass
@@ -115,7 +170,7 @@ def wait_for_owners(exchanger: Exchanger, plan: Plan) -> dict[int, str]:
         current = exchanger.online()
         if current.keys() != nodes.keys():
             nodes, changed = current, time.monotonic()
-        settled = time.monotonic() - changed > _SETTLE_S
+        settled = time.monotonic() - changed > SETTLE_S
         if len(nodes) >= plan.cohort.maximum or (len(nodes) >= plan.cohort.minimum and settled):
             break
         time.sleep(0.1)
@@ -170,15 +225,16 @@ class Joining:
     def _join(self, run: str, nodes: dict[int, str]) -> dict[str, Member]:
         request = Request(JoinRequest(run=run, plan=self._plan.fields()).to_bytes())
         members: dict[str, Member] = {}
+        keys = {node: key for key, (node, _activated) in self._exchanger.online_by_key().items()}
         for reply in self._ask("query.join", dict.fromkeys(nodes, request)):
             try:
-                member = self._member(run, reply)
+                member = self._member(run, reply, keys.get(reply.node, ""))
             except FedsealError as error:
                 self._store.refuse(node_digest(reply.node), "query.join", error.code)
                 continue
             members[member.fingerprint] = member
         members = dict(sorted(members.items()))
-        self._store.event("joined", owners=len(members))
+        self._store.event("joined", owners=len(members), members=list(members))
         if len(members) < self._plan.cohort.minimum:
             raise QuorumNotMet(
                 f"{len(members)} owners joined, {self._plan.cohort.minimum} are needed; "
@@ -192,7 +248,7 @@ class Joining:
         codes = [refusal["code"] for refusal in self._store.refusals()]
         return ", ".join(sorted(set(codes))) or "none"
 
-    def _member(self, run: str, reply: Reply) -> Member:
+    def _member(self, run: str, reply: Reply, node_key: str) -> Member:
         joined = JoinReply.from_bytes(reply.body)
         certified = verify_signing_certificate(
             joined.certificate, self._trust.authority, self._trust.revocations, datetime.now(UTC)
@@ -204,6 +260,7 @@ class Joining:
             name=certified.name,
             fingerprint=certified.fingerprint,
             node=reply.node,
+            node_key=node_key,
             public_key=certified.public_key,
             joined=joined,
             first_head=body.ledger,

@@ -1,30 +1,39 @@
 """The coordinator's run store: one folder per run, with everything that must outlive a process.
 
 ``run.db`` (SQLite, WAL, synchronous=FULL) holds rounds, owners, events, refusals and the transcript;
-``checkpoint-NNNN.safetensors`` holds the global model. A checkpoint is complete before the row that names
-it is written, so that a row is the proof of a finished round. Nothing in here is private: the coordinator
-never has anything private.
+``checkpoint-NNNN.safetensors`` holds the global model and the optimizer's memory. A checkpoint is complete
+on disk before the transaction that makes its round count; that one transaction holds all else that the
+next round builds on. Whatever a crash leaves behind is therefore the state after some finished round, plus
+attempts that have begun: those are void from the start and stay so unless they finish.
+
+One process at a time may carry a run out; it holds ``run.lock``. Nothing in here is private: the
+coordinator never has anything private.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from protocol.errors import RunFailed
+from crypto.auditlog import AuditLog, short_facts
+from protocol.errors import CheckpointInvalid, RunBusy, RunFailed
 from protocol.messages import Purpose
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 
+_LOCK_POLL_S = 0.1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS attempts (
@@ -44,6 +53,10 @@ CREATE TABLE IF NOT EXISTS transcript (
 """
 
 
+RESUMABLE: Final = ("submitted", "running", "paused")
+"""States of a run that can go on; the others are `finished` and `failed`."""
+
+
 def now_text() -> str:
     """Return the current time as ISO 8601 in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -54,21 +67,62 @@ class RunStore:
 
     Args:
         folder: Created if missing.
+        log: The coordinator's log of acts, which gets every protocol act of the run; None for simulations.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, log: AuditLog | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.folder = folder
+        self._log = log
         self._database = sqlite3.connect(
             folder / "run.db", isolation_level=None, check_same_thread=False, timeout=30
         )
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=FULL")
         self._database.executescript(_SCHEMA)
+        self._lock: int | None = None
 
     def close(self) -> None:
-        """Close the database."""
+        """Close the database, and let another process carry the run out."""
         self._database.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # --- who carries the run out -------------------------------------------------------------------
+
+    def claim(self, wait_s: float = 0.0) -> None:
+        """Become the one process that carries the run out, until `close` or the end of the process.
+
+        Args:
+            wait_s: Longest wait for a process that is about to end.
+
+        Raises:
+            RunBusy: Another process carries it out.
+        """
+        if self._lock is not None:
+            return
+        descriptor = os.open(self.folder / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + wait_s
+        while not _lock(descriptor):
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                raise RunBusy
+            time.sleep(_LOCK_POLL_S)
+        self._lock = descriptor
+
+    def is_carried_out(self) -> bool:
+        """Tell whether some process carries the run out now; the kernel forgets processes that died."""
+        if self._lock is not None:
+            return True
+        try:
+            descriptor = os.open(self.folder / "run.lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _lock(descriptor)
+        finally:
+            os.close(descriptor)
 
     # --- facts of the run --------------------------------------------------------------------------
 
@@ -100,20 +154,27 @@ class RunStore:
             "INSERT INTO events (time, kind, facts) VALUES (?, ?, ?)",
             (now_text(), kind, json.dumps(facts, allow_nan=False)),
         )
+        self._act(kind, facts)
+
+    def _act(self, kind: str, facts: dict[str, Any]) -> None:
+        """Chain an act of the protocol into the coordinator's log."""
+        if self._log is not None:
+            self._log.append("coordinator", f"run.{kind}", run=self.folder.name, **short_facts(facts))
 
     def events(self, after: int = 0) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
         """Yield (id, time, kind, facts) of events with a larger id."""
         rows = self._database.execute(
             "SELECT id, time, kind, facts FROM events WHERE id > ? ORDER BY id", (after,)
         ).fetchall()
-        for identifier, time, kind, facts in rows:
-            yield identifier, time, kind, json.loads(facts)
+        for identifier, moment, kind, facts in rows:
+            yield identifier, moment, kind, json.loads(facts)
 
     def refuse(self, owner: str, kind: str, code: str) -> None:
         """Record that an owner answered an error code."""
         self._database.execute(
             "INSERT INTO refusals (owner, kind, code) VALUES (?, ?, ?)", (owner, kind, code)
         )
+        self._act("refusal", {"owner": owner, "exchange": kind, "code": code})
 
     def refusals(self) -> list[dict[str, str]]:
         """Return all recorded refusals."""
@@ -153,7 +214,7 @@ class RunStore:
     def void_attempt(
         self, attempt: int, purpose: Purpose, round_number: int, facts: dict[str, Any]
     ) -> None:
-        """Record an attempt that ended without an opened sum."""
+        """Record an attempt that has not led to an opened sum; every attempt begins as one."""
         self._database.execute(
             "INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, 1, ?, x'')",
             (attempt, purpose, round_number, json.dumps(facts, allow_nan=False)),
@@ -167,6 +228,7 @@ class RunStore:
             "INSERT OR REPLACE INTO attempts VALUES (?, 'evaluate', ?, 0, ?, ?)",
             (attempt, round_number, json.dumps(facts, allow_nan=False), sums),
         )
+        self._opened("evaluate", attempt, round_number, facts)
 
     def finish_round(
         self,
@@ -176,13 +238,23 @@ class RunStore:
         sums: bytes,
         model: GlobalModel,
     ) -> None:
-        """Write a round's checkpoint, then the row that makes it count."""
-        self.write_checkpoint(round_number, model)
-        with self._transaction():
+        """Make a round count, with the hash of its model, whose checkpoint must be written before."""
+        with self.transaction():
             self._database.execute(
                 "INSERT OR REPLACE INTO attempts VALUES (?, 'train', ?, 0, ?, ?)",
                 (attempt, round_number, json.dumps(facts, allow_nan=False), sums),
             )
+            self.set("model_hash", model.sha256())
+        self._opened("train", attempt, round_number, {**facts, "model_hash": model.sha256()})
+
+    def _opened(self, purpose: Purpose, attempt: int, round_number: int, facts: dict[str, Any]) -> None:
+        named = {name: facts.get(name) for name in ("sums_hash", "model_hash", "contributors")}
+        self._act("opening", {"purpose": purpose, "attempt": attempt, "round": round_number, **named})
+
+    def last_attempt(self) -> int:
+        """Return the highest attempt number that was ever begun, 0 before the first."""
+        (number,) = self._database.execute("SELECT COALESCE(MAX(attempt), 0) FROM attempts").fetchone()
+        return int(number)
 
     def attempts(self) -> list[dict[str, Any]]:
         """Return the facts of all attempts in order, each with attempt, purpose, round and void."""
@@ -222,9 +294,13 @@ class RunStore:
         return int(count)
 
     def write_checkpoint(self, round_number: int, model: GlobalModel) -> None:
-        """Write a model so that a crash leaves either the old state or the new one."""
+        """Write a model so that a crash leaves either the old state or the new one.
+
+        The file also says which plan, round and model it holds.
+        """
         target = self._checkpoint(round_number)
         temporary = target.with_suffix(".tmp")
+        metadata = self._said_of(round_number, model)
         save_file(
             {
                 "weights": model.weights,
@@ -232,22 +308,46 @@ class RunStore:
                 "second_moment": model.second_moment,
             },
             temporary,
+            metadata,
         )
         _sync(temporary)
         os.replace(temporary, target)
         _sync(self.folder)
 
     def read_checkpoint(self, round_number: int) -> GlobalModel:
-        """Return the model after a round; round 0 is the initial model."""
-        arrays = load_file(self._checkpoint(round_number))
-        parts = (arrays[name].astype(np.float64) for name in ("weights", "first_moment", "second_moment"))
-        return GlobalModel(*parts)
+        """Return the model after a round; round 0 is the initial model.
+
+        Raises:
+            CheckpointInvalid: There is no such file, it is damaged, or it is of another round or plan.
+        """
+        names = ("weights", "first_moment", "second_moment")
+        try:
+            with safe_open(self._checkpoint(round_number), "numpy") as file:
+                metadata = file.metadata() or {}
+                model = GlobalModel(*(file.get_tensor(name).astype(np.float64) for name in names))
+        except (OSError, ValueError, TypeError, SafetensorError):
+            raise CheckpointInvalid from None
+        if metadata != self._said_of(round_number, model):
+            raise CheckpointInvalid
+        return model
+
+    def _said_of(self, round_number: int, model: GlobalModel) -> dict[str, str]:
+        """Return what a checkpoint says of the model that it holds."""
+        return {
+            "plan_hash": str(self.get("plan_hash", "")),
+            "round": str(round_number),
+            "model_hash": model.sha256(),
+        }
 
     def _checkpoint(self, round_number: int) -> Path:
         return self.folder / f"checkpoint-{round_number:04d}.safetensors"
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
+        """Write everything in the block, or nothing of it; blocks may stand in one another."""
+        if self._database.in_transaction:
+            yield
+            return
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -255,6 +355,14 @@ class RunStore:
             self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sync(path: Path) -> None:

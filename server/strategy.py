@@ -7,22 +7,29 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from crypto.pki import Trust
 from crypto.presets import packing_for
 from crypto.signing import verify
-from protocol.encoding import digest_bytes
-from protocol.errors import FedsealError, ProtocolViolation, QuorumNotMet, RunFailed
+from crypto.trust import Trust
+from protocol.errors import (
+    FedsealError,
+    ProtocolViolation,
+    QuorumNotMet,
+    RunFailed,
+    RunInterrupted,
+    ServerUnavailable,
+)
 from protocol.evaluation import Estimate, run_epsilon
 from protocol.messages import CloseReply, CloseRequest, Purpose, Statement
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
+from server.attempts import Attempt
 from server.exchange import Exchanger, Reply, Request
-from server.rounds import Attempt, RoundRunner
+from server.resume import recorded_model, recorded_session, recorded_steps
+from server.rounds import RoundRunner
 from server.session import Joining, Member, ServerSession
 from server.store import RunStore, now_text
 
@@ -57,8 +64,6 @@ class SealStrategy(Strategy):
         self._initial = initial
         self._evaluate = evaluate
         self._trust = trust
-        self._attempts = 0
-        self._spare_evaluations = self._plan.run.paid_spares
 
     def summary(self) -> None:
         """Log the plan's size; Flower calls this at the start."""
@@ -87,92 +92,117 @@ class SealStrategy(Strategy):
         raise RunFailed("sealed aggregation runs through start only")
 
     def start(self, grid: Grid, *_arguments: Any, **_options: Any) -> Result:
-        """Run the plan to its end.
+        """Run the plan to its end, from its beginning or after the last finished round.
 
         Raises:
             QuorumNotMet: Too few owners are there; what was finished is kept.
-            RunFailed: All attempts are used up.
+            RunFailed: All attempts, or the rounds that the noise pays for, are used up.
+            CheckpointInvalid: The last finished round's model is not on the disk any more.
         """
         exchanger = Exchanger(grid, self._store)
-        joining = Joining(exchanger, self._store, self._plan, self._trust)
-        session = joining.establish()
-        self._record_session(session)
+        session = recorded_session(self._store, self._trust)
+        resumed = session is not None
+        if session is None:
+            session = Joining(exchanger, self._store, self._plan, self._trust).establish()
+            self._record_session(session)
         packing = packing_for(self._plan.encryption.preset, self._plan.cohort.maximum)
         runner = RoundRunner(exchanger, self._store, self._plan, packing, session)
+        runner.steps = recorded_steps(self._store)
+        if resumed:
+            self._store.event("resumed", rounds=len(runner.steps), owners=len(session.members))
+            runner.attendance.wait(for_all=True)
         model = self._rounds(runner, session)
         self._close(exchanger, runner, session, model)
-        self._store.set("state", "finished")
-        self._store.set("finished_at", now_text())
-        self._store.event("finished", rounds=self._plan.run.rounds)
+        with self._store.transaction():
+            self._store.set("state", "finished")
+            self._store.set("finished_at", now_text())
+            self._store.event("finished", rounds=self._plan.run.rounds)
         return Result()
 
     def _rounds(self, runner: RoundRunner, session: ServerSession) -> GlobalModel:
-        model, trained = self._initial, 0
-        self._store.write_checkpoint(0, model)
-        last_problem: FedsealError | None = None
+        model = recorded_model(self._store, self._initial)
+        if not runner.steps:
+            self._store.write_checkpoint(0, model)
+        else:
+            self._evaluate_if_due(runner, session, len(runner.steps), model)
         while len(runner.steps) < self._plan.run.rounds:
-            trained += 1
-            if trained > self._plan.run.rounds + self._plan.run.spare_attempts:
-                raise last_problem or RunFailed("all attempts are used up")
-            attempt = self._attempt(len(runner.steps) + 1, model, "train")
+            runner.attendance.wait()
+            attempt = self._begin(len(runner.steps) + 1, model, "train")
             try:
                 model = runner.run(attempt, model)
             except FedsealError as error:
-                last_problem = error
-                self._void(attempt, error)
+                self._void(attempt, session, error)
+                self._require_hope(runner, error)
                 time.sleep(_RETRY_PAUSE_S)
                 continue
             runner.steps.append(attempt.openings)
             self._finish(attempt, model, session)
-            if self._plan.is_evaluated(attempt.round):
-                self._evaluate_on_owners(runner, session, attempt.round, model)
+            self._evaluate_if_due(runner, session, attempt.round, model)
         return model
 
-    def _attempt(self, round_number: int, model: GlobalModel, purpose: Purpose) -> Attempt:
-        """Return the next attempt; training and evaluation share one row of numbers."""
-        self._attempts += 1
-        return Attempt(self._attempts, round_number, model.sha256(), purpose)
+    def _begin(self, round_number: int, model: GlobalModel, purpose: Purpose) -> Attempt:
+        """Begin an attempt with a new number; training and evaluation share one row of numbers.
 
-    def _evaluate_on_owners(
+        It is recorded before anybody hears of it, so that its number is never used again.
+        """
+        attempt = Attempt(self._store.last_attempt() + 1, round_number, model.sha256(), purpose)
+        facts = attempt.facts(reason=RunInterrupted.code)
+        self._store.void_attempt(attempt.number, purpose, round_number, facts)
+        return attempt
+
+    def _require_hope(self, runner: RoundRunner, error: FedsealError) -> None:
+        """Raise if a further attempt cannot succeed."""
+        if not runner.attendance.can_go_on():
+            raise RunFailed("too few owners have privacy budget left for a further round") from error
+        begun = sum(facts["purpose"] == "train" for facts in self._store.attempts())
+        if begun >= self._plan.run.rounds + self._plan.run.spare_attempts:
+            raise RunFailed(f"all attempts are used up; the last one ended with {error.code}") from error
+
+    def _evaluate_if_due(
         self, runner: RoundRunner, session: ServerSession, round_number: int, model: GlobalModel
     ) -> None:
         """Let the owners evaluate a finished round's model; where that fails the run goes on without.
 
         Nothing that follows depends on the result: a run is priced as one whose length is fixed.
         """
-        while True:
-            attempt = self._attempt(round_number, model, "evaluate")
+        while self._may_evaluate(round_number):
+            attempt = self._begin(round_number, model, "evaluate")
             try:
                 estimate = runner.evaluate(attempt)
             except FedsealError as error:
-                self._void(attempt, error)
-                # counts that were sealed by all may have been opened, and owners open a model once
-                if self._spare_evaluations == 0 or attempt.headers:
-                    return
-                self._spare_evaluations -= 1
+                self._void(attempt, session, error)
                 time.sleep(_RETRY_PAUSE_S)
                 continue
             self._finish_evaluation(attempt, estimate, session)
-            return
+
+    def _may_evaluate(self, round_number: int) -> bool:
+        """Tell whether a round's model is still to be evaluated, by what is recorded of it."""
+        if not self._plan.is_evaluated(round_number):
+            return False
+        tried = [facts for facts in self._store.attempts() if facts["purpose"] == "evaluate"]
+        same = [facts for facts in tried if facts["round"] == round_number]
+        # counts that were sealed by all may have been opened, and owners open a model once
+        if any(not facts["void"] or facts["headers"] for facts in same):
+            return False
+        repeated = len(tried) - len({facts["round"] for facts in tried})
+        return not same or repeated < self._plan.run.paid_spares
 
     def _finish_evaluation(
         self, attempt: Attempt, estimate: Estimate | None, session: ServerSession
     ) -> None:
-        counts = np.frombuffer(attempt.sums, dtype="<u4").tolist()
-        facts = {**self._facts(attempt, None), "sums": counts}
-        self._store.finish_evaluation(attempt.number, attempt.round, facts, attempt.sums)
-        self._store.event(
-            "evaluation",
-            round=attempt.round,
-            attempt=attempt.number,
-            accuracy=None if estimate is None else estimate.accuracy,
-            standard_error=None if estimate is None else estimate.standard_error,
-            contributors=len(attempt.headers),
-            epsilon=self._epsilons(session),
-            seconds=attempt.seconds,
-        )
-        for member in session.members.values():
-            self._record_member(member)
+        with self._store.transaction():
+            self._store.finish_evaluation(attempt.number, attempt.round, attempt.facts(), attempt.sums)
+            self._store.event(
+                "evaluation",
+                round=attempt.round,
+                attempt=attempt.number,
+                accuracy=None if estimate is None else estimate.accuracy,
+                standard_error=None if estimate is None else estimate.standard_error,
+                contributors=len(attempt.headers),
+                epsilon=self._epsilons(session),
+                seconds=attempt.seconds,
+            )
+            self._record_members(session)
 
     def _epsilons(self, session: ServerSession) -> dict[str, float | None]:
         return {
@@ -180,42 +210,32 @@ class SealStrategy(Strategy):
             for member in session.members.values()
         }
 
-    def _void(self, attempt: Attempt, error: FedsealError) -> None:
-        facts = {**self._facts(attempt, None), "reason": error.code}
-        self._store.void_attempt(attempt.number, attempt.purpose, attempt.round, facts)
-        self._store.event("void", attempt=attempt.number, round=attempt.round, code=error.code)
+    def _void(self, attempt: Attempt, session: ServerSession, error: FedsealError) -> None:
+        with self._store.transaction():
+            facts = attempt.facts(reason=error.code)
+            self._store.void_attempt(attempt.number, attempt.purpose, attempt.round, facts)
+            self._store.event("void", attempt=attempt.number, round=attempt.round, code=error.code)
+            self._record_members(session)
 
     def _finish(self, attempt: Attempt, model: GlobalModel, session: ServerSession) -> None:
+        """Make a round count: its model's file first, then all the rest in one transaction."""
         accuracy = self._evaluate(model)
-        facts = self._facts(attempt, accuracy)
-        self._store.finish_round(attempt.number, attempt.round, facts, attempt.sums, model)
-        self._store.event(
-            "round",
-            round=attempt.round,
-            attempt=attempt.number,
-            accuracy=accuracy,
-            contributors=len(attempt.headers),
-            epsilon=self._epsilons(session),
-            seconds=attempt.seconds,
-            upload_bytes=attempt.upload_bytes,
-            download_bytes=attempt.download_bytes,
-        )
-        for member in session.members.values():
-            self._record_member(member)
-
-    def _facts(self, attempt: Attempt, accuracy: float | None) -> dict[str, Any]:
-        return {
-            "contributors": [signed.signer for signed in attempt.headers],
-            "headers": [signed.model_dump(mode="json") for signed in attempt.headers],
-            "openings": [signed.model_dump(mode="json") for signed in attempt.openings],
-            "sums_hash": digest_bytes(attempt.sums) if attempt.sums else None,
-            "accuracy": accuracy,
-            "sums": None,
-            "seconds": attempt.seconds,
-            "upload_bytes": attempt.upload_bytes,
-            "download_bytes": attempt.download_bytes,
-            "reason": None,
-        }
+        self._store.write_checkpoint(attempt.round, model)
+        with self._store.transaction():
+            facts = attempt.facts(accuracy=accuracy)
+            self._store.finish_round(attempt.number, attempt.round, facts, attempt.sums, model)
+            self._record_members(session)
+            self._store.event(
+                "round",
+                round=attempt.round,
+                attempt=attempt.number,
+                accuracy=accuracy,
+                contributors=len(attempt.headers),
+                epsilon=self._epsilons(session),
+                seconds=attempt.seconds,
+                upload_bytes=attempt.upload_bytes,
+                download_bytes=attempt.download_bytes,
+            )
 
     def _close(
         self,
@@ -225,7 +245,7 @@ class SealStrategy(Strategy):
         model: GlobalModel,
     ) -> None:
         requests = {}
-        for member in session.members.values():
+        for member in runner.attendance.present():
             sums = b"".join(
                 self._store.sums(number) for number in range(member.known_round + 1, len(runner.steps) + 1)
             )
@@ -234,16 +254,16 @@ class SealStrategy(Strategy):
                 model_hash=model.sha256(),
                 steps=runner.steps[member.known_round :],
             )
-            if not member.absent:
-                requests[member.node] = Request(message.to_bytes(), sums)
+            requests[member.node] = Request(message.to_bytes(), sums)
         expected = (session.session, self._plan.sha256(), model.sha256())
+        # a closing that is repeated after a crash must be the same to the byte
+        self._record_members(session)
         for reply in exchanger.ask("query.close", requests, self._plan.deadlines.open_s):
             member = session.by_node(reply.node)
             try:
                 self._record_statement(member, reply, expected)
             except FedsealError as error:
                 self._store.refuse(member.fingerprint, "query.close", error.code)
-        self._store.set("model_hash", model.sha256())
 
     def _record_statement(self, member: Member, reply: Reply, expected: tuple[str, str, str]) -> None:
         if reply.code is not None:
@@ -253,31 +273,21 @@ class SealStrategy(Strategy):
         body = verify(signed, member.public_key, Statement)
         if (body.session, body.plan_hash, body.model_hash) != expected:
             raise ProtocolViolation("a statement is about another session, plan or model")
-        member.last_head = body.ledger
-        self._record_member(member, statement=signed.model_dump(mode="json"))
+        member.note_statement(signed, body)
+        self._store.put_owner(member.fingerprint, member.facts())
 
     def _record_session(self, session: ServerSession) -> None:
-        self._store.set("run", session.run)
-        self._store.set("session", session.session)
-        for member in session.members.values():
-            self._record_member(member)
-        self._store.event("session", owners=len(session.members))
+        with self._store.transaction():
+            self._store.set("run", session.run)
+            self._store.set("session", session.session)
+            self._record_members(session)
+            self._store.event("session", owners=len(session.members), members=list(session.members))
 
-    def _record_member(self, member: Member, **facts: Any) -> None:
-        self._store.put_owner(
-            member.fingerprint,
-            {
-                "name": member.name,
-                "certificate": member.joined.model_dump(mode="json")["certificate"],
-                "ledger_first": member.first_head.model_dump(mode="json"),
-                "ledger_last": member.last_head.model_dump(mode="json"),
-                "sealed": member.sealed,
-                "sealed_evaluations": member.sealed_evaluations,
-                **facts,
-            },
-        )
+    def _record_members(self, session: ServerSession) -> None:
+        for member in session.members.values():
+            self._store.put_owner(member.fingerprint, member.facts())
 
 
 def paused_or_failed(error: FedsealError) -> str:
     """Return the state of a run that an error ended: it can go on later, or it cannot."""
-    return "paused" if isinstance(error, QuorumNotMet) else "failed"
+    return "paused" if isinstance(error, QuorumNotMet | ServerUnavailable | RunInterrupted) else "failed"

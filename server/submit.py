@@ -11,16 +11,15 @@ from pathlib import Path
 
 from crypto.vault import write_private
 from protocol.encoding import decode, digest_bytes, encode
-from protocol.errors import EncodingInvalid, RunFailed, ServerUnavailable
+from protocol.errors import EncodingInvalid, RunBusy, RunFailed, ServerUnavailable
 from protocol.plan import Plan
 from server.app import PUBLIC_DATA
-from server.flower import ControlClient
+from server.control import ControlLink
+from server.home import ADDRESSES, IDENTITY, RUNS
 from server.probe import probe_listener
-from server.store import RunStore, now_text
+from server.store import RESUMABLE, RunStore, now_text
 from tasks.registry import task_for
 from tasks.resolve import resolve
-
-IDENTITY, MEMBERS, RUNS, ADDRESSES = "identity", "members", "runs", "addresses.json"
 
 
 def prepare_run(home: Path, plan: Plan, public_data: Path | None) -> RunStore:
@@ -51,17 +50,33 @@ def prepare_run(home: Path, plan: Plan, public_data: Path | None) -> RunStore:
     return store
 
 
+def open_run(home: Path, run: str) -> RunStore:
+    """Open the folder of an earlier run.
+
+    Args:
+        home: The coordinator's home.
+        run: Name of the folder, or a path to it.
+
+    Raises:
+        RunFailed: There is no such run.
+    """
+    folder = home / RUNS / Path(run).name
+    if not (folder / "run.db").is_file():
+        raise RunFailed("there is no such run below this home; fedseal runs lists them")
+    return RunStore(folder)
+
+
 @dataclass(frozen=True)
 class Addresses:
     """Where a running coordinator listens.
 
     Attributes:
-        control_port: Loopback port of the control API.
+        runtime_port: Loopback port of the API for the run's own process.
         host: Host of the fleet listener.
         port: Port of the fleet listener.
     """
 
-    control_port: int
+    runtime_port: int
     host: str
     port: int
 
@@ -84,38 +99,26 @@ def read_addresses(home: Path) -> Addresses:
     """
     try:
         fields = decode((home / ADDRESSES).read_bytes())
-        return Addresses(int(fields["control_port"]), str(fields["host"]), int(fields["port"]))
+        return Addresses(int(fields["runtime_port"]), str(fields["host"]), int(fields["port"]))
     except (OSError, KeyError, TypeError, ValueError, EncodingInvalid):
         raise ServerUnavailable("no coordinator was started from this home folder") from None
 
 
-def control_client(home: Path) -> ControlClient:
-    """Return a client of the coordinator that runs from this home.
+def submit(home: Path, store: RunStore, link: ControlLink) -> int:
+    """Ask the coordinator, as an operator, to begin or resume a run; returns Flower's run id.
 
     Raises:
-        ServerUnavailable: No coordinator was started from it.
+        ServerUnavailable: The coordinator does not answer, or refuses this operator.
+        RunFailed: The run has ended for good.
+        RunBusy: It is under way.
     """
-    authority = (home / IDENTITY / "ca.crt").read_bytes()
-    return ControlClient(read_addresses(home).control_port, authority)
-
-
-def submit(home: Path, store: RunStore) -> int:
-    """Tell the coordinator to run a prepared folder; returns Flower's run id.
-
-    Raises:
-        ServerUnavailable: The coordinator does not answer.
-        RunFailed: The folder was submitted before.
-    """
-    if store.get("flower_run") is not None:
-        raise RunFailed("this run folder was submitted before")
-    client = control_client(home)
-    try:
-        _record_listener(home, store)
-        run_id = client.start_run(store.folder.name)
-    finally:
-        client.close()
-    store.set("flower_run", run_id)
-    return run_id
+    if store.get("state") not in RESUMABLE:
+        raise RunFailed("this run has ended; start a new one")
+    if store.is_carried_out():
+        raise RunBusy
+    _record_listener(home, store)
+    store.set("state", "submitted")
+    return link.start(store.folder.name)
 
 
 def reachable_host(bound: str) -> str:
@@ -138,7 +141,11 @@ def _record_listener(home: Path, store: RunStore) -> None:
     store.set(
         "listening",
         [
-            {"address": "127.0.0.1", "port": addresses.control_port, "purpose": "control, runtime"},
+            {
+                "address": "127.0.0.1",
+                "port": addresses.runtime_port,
+                "purpose": "the run's own process, same user only",
+            },
             {"address": addresses.host, "port": addresses.port, "purpose": "owners"},
         ],
     )

@@ -19,6 +19,10 @@ _PADDING = 2
 _POOL = 2
 _HIDDEN = 32
 
+LARGEST_MODEL = 2**27
+"""Most parameters of a network. A plan comes from a coordinator: it must not be able to ask an owner's
+machine for more memory than it has."""
+
 
 def build_network(model: ModelSection, input_shape: Sequence[int], classes: int) -> nn.Module:
     """Return round 0's network; the global random state is neither used nor changed.
@@ -35,7 +39,8 @@ def build_network(model: ModelSection, input_shape: Sequence[int], classes: int)
         classes: Number of outputs.
 
     Raises:
-        PlanInvalid: The hidden widths do not fit the name, or the images are too small.
+        PlanInvalid: The hidden widths do not fit the name, the images are too small, or the network has
+            more than `LARGEST_MODEL` parameters.
     """
     if (model.name == "mlp") != bool(model.hidden):
         raise PlanInvalid("model.hidden: `mlp` needs at least one width, the other models take none")
@@ -44,7 +49,9 @@ def build_network(model: ModelSection, input_shape: Sequence[int], classes: int)
         return _convolutional(input_shape, classes, generator)
     zero = model.name in ("linear", "scattering")
     layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise([math.prod(input_shape), *model.hidden, classes]):
+    sizes = list(pairwise([math.prod(input_shape), *model.hidden, classes]))
+    _require_size(sum(fan_in * fan_out + fan_out for fan_in, fan_out in sizes))
+    for fan_in, fan_out in sizes:
         if layers:
             layers.append(nn.Tanh())
         bound = 0.0 if zero else 1 / math.sqrt(fan_in)
@@ -64,6 +71,7 @@ def _convolutional(shape: Sequence[int], classes: int, generator: torch.Generato
     if min(sides) < 1:
         raise PlanInvalid("task.input_shape: `cnn` needs at least 16 x 16 pixels")
     width = channels * math.prod(sides)
+    _require_size(shape[0] * _CHANNELS[0] * _KERNELS[0] ** 2 + width * _HIDDEN + _HIDDEN * classes)
     layers += [
         nn.Flatten(),
         _filled(nn.Linear(width, _HIDDEN, device="meta"), 1 / math.sqrt(width), generator),
@@ -71,6 +79,11 @@ def _convolutional(shape: Sequence[int], classes: int, generator: torch.Generato
         _filled(nn.Linear(_HIDDEN, classes, device="meta"), 1 / math.sqrt(_HIDDEN), generator),
     ]
     return nn.Sequential(*layers)
+
+
+def _require_size(parameters: int) -> None:
+    if parameters > LARGEST_MODEL:
+        raise PlanInvalid(f"the model has more than {LARGEST_MODEL} parameters")
 
 
 def _filled(layer: nn.Module, bound: float, generator: torch.Generator) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from hostile import HostileFederation, HostileRun, nothing_released, wrap_digest
 from client import joining
 from client.policy import Peers
 from crypto.agreement import HpkeKey, WrapContext, wrap, wraps_hash
+from crypto.authority import create_authority
 from crypto.frames import SealContext
-from crypto.pki import init_pki, issue_owner
 from crypto.secret import SealKey
 from crypto.signing import sign
 from protocol.messages import (
@@ -30,6 +29,7 @@ from protocol.messages import (
 )
 from protocol.plan import Plan
 from tasks.partition import DIGITS_RANGE
+from tests.credentials import owner_of
 
 VICTIM, OTHER, EVIL = 3, 2, 1
 """The victim has the highest fingerprint; owner 0 is the dealer."""
@@ -266,28 +266,27 @@ def test_a_roster_of_strangers_is_refused(run: HostileRun, monkeypatch: pytest.M
     run.federation.accepted(VICTIM, "query.roster", run.roster_request())
 
 
-def sybil(folder: Path, run: HostileRun) -> JoinReply:
+def sybil(run: HostileRun) -> JoinReply:
     """Make a member of the attacker's own authority, with a well-formed join."""
-    init_pki(folder, "fedseal demo authority", b"attacker", days=3)
-    credentials = issue_owner(folder, b"attacker", "sybil", b"attacker", days=3)
+    credentials = owner_of(create_authority("fedseal demo authority", days=3), "sybil", days=3)
     body = Join.from_fields(run.joins[EVIL].join.body)
     forged = body.model_copy(update={"hpke_key": HpkeKey.generate().public()})
     certificate = credentials.signing_certificate.public_bytes(Encoding.DER)
     return JoinReply(certificate=certificate, join=sign(credentials.signing_key, forged))
 
 
-def test_a_member_of_another_authority_is_refused(run: HostileRun, tmp_path: Path) -> None:
+def test_a_member_of_another_authority_is_refused(run: HostileRun) -> None:
     run.join()
-    foreign = sybil(tmp_path / "pki", run)
+    foreign = sybil(run)
     members = sorted([*run.joins.values(), foreign], key=lambda reply: reply.join.signer)
     request = run.roster_request().model_copy(update={"members": members})
     with nothing_released(run):
         assert run.federation.refused(VICTIM, "query.roster", request) == "FS-CERT-01"
 
 
-def test_a_foreign_key_under_a_members_certificate_is_refused(run: HostileRun, tmp_path: Path) -> None:
+def test_a_foreign_key_under_a_members_certificate_is_refused(run: HostileRun) -> None:
     run.join()
-    foreign = sybil(tmp_path / "pki", run)
+    foreign = sybil(run)
     run.joins[OTHER] = foreign.model_copy(update={"certificate": run.joins[OTHER].certificate})
     assert run.federation.refused(VICTIM, "query.roster", run.roster_request()) == "FS-WIRE-02"
 

@@ -15,7 +15,6 @@ import fedseal
 import server.strategy
 from client.heads import adopt
 from client.owner import IDENTITY, LEDGER, STATE, open_owner
-from crypto.pki import Trust
 from crypto.signing import sign
 from protocol.errors import FedsealError, LedgerConflict, LedgerOutrun
 from protocol.messages import JoinRequest, KeysReply, KeysRequest, LedgerHead, Ready, Session, Signed
@@ -304,7 +303,7 @@ def test_the_real_coordinator_goes_on_without_the_owner_that_was_put_back(
     store = RunStore(tmp_path / "run")
     store.set("plan", plan.fields())
     try:
-        run_plan(grid, store, Trust(owners[0].authority, owners[0].revocations))
+        run_plan(grid, store, owners[0].trust)
     except FedsealError as error:
         pytest.fail(error.explain())
     assert store.get("state") == "finished"

@@ -306,7 +306,7 @@ def test_without_the_check_slots_a_missing_owner_would_give_an_answer(
     sealed[0] = session.forged(0, sealed[0].header, zero)
     assert open_refused(session, ready, sealed) == "FS-ROUND-03"
     before = answers(session.owner(VICTIM), session.run)
-    monkeypatch.setattr(opening, "open_frames", lambda *_: np.zeros(650, dtype=np.uint64))
+    monkeypatch.setattr(opening.RunningSum, "open", lambda *_: np.zeros(650, dtype=np.uint64))
     session.open(1, ready, sealed, VICTIM)
     assert answers(session.owner(VICTIM), session.run) != before
 

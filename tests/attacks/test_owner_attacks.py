@@ -14,7 +14,6 @@ from hostile import FIRST_NODE, HostileFederation
 import server.strategy
 from client.owner import Owner
 from crypto.frames import SealContext
-from crypto.pki import Trust
 from crypto.presets import SEED_BYTES, packing_for
 from crypto.signing import sign
 from protocol.encoding import digest, digest_bytes
@@ -73,7 +72,7 @@ def carried_out(
     for owner in federation.owners:
         owner.pending.clear()
     store.set("plan", plan.fields())
-    trust = Trust(federation.owners[0].authority, federation.owners[0].revocations)
+    trust = federation.owners[0].trust
     try:
         run_plan(LocalGrid(apps), store, trust)
     except FedsealError as error:

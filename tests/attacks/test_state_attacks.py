@@ -22,8 +22,8 @@ from client import contribution, rounds
 from client.following import opened_mean
 from client.owner import STATE, _storage_key, open_owner
 from client.state import StateStore
-from crypto.pki import load_trust
 from crypto.presets import packing_for
+from crypto.trust import load_trust
 from crypto.vault import StorageBox
 from protocol.errors import SecretUnavailable
 from protocol.optimizers import apply_update

@@ -7,12 +7,13 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tcp_proxy import TcpProxy, proxy_to
 
 from client.ledger import Ledger
 from client.owner import IDENTITY, LEDGER, POLICY
@@ -22,11 +23,12 @@ from protocol.plan import Plan
 from scenarios.demo import start_federation, start_owner, wait_for_coordinator
 from scenarios.federation import Federation, OwnerHome, PolicySettings, make_federation
 from scenarios.processes import Processes
+from server.process import free_port
 from server.store import RunStore
 from server.submit import prepare_run, submit
 from tasks.partition import digits, write_examples
 
-__all__ = ["PASSPHRASE", "RealFederation", "federation_of", "living", "wait_until"]
+__all__ = ["PASSPHRASE", "RealFederation", "federation_of", "listening_addresses", "living", "wait_until"]
 
 PASSPHRASE = b"7c1f-only-the-tests-know-this-passphrase"
 MARK = "FEDSEAL_TEST_MARK"
@@ -117,6 +119,7 @@ class RealFederation:
         port: The coordinator's fleet port.
         public_file: Public test examples.
         mark: What every process of this federation has in its environment.
+        proxy: What stands between the nodes and the coordinator, if anything does.
     """
 
     made: Federation
@@ -124,6 +127,7 @@ class RealFederation:
     port: int
     public_file: Path
     mark: str
+    proxy: TcpProxy | None = None
     stores: list[RunStore] = field(default_factory=list)
 
     @property
@@ -138,7 +142,8 @@ class RealFederation:
     def start_owner(self, name: str) -> int:
         """Start an owner's node again; returns its pid."""
         with marked(self.mark):
-            return start_owner(self.processes, self.owner(name), self.port)
+            port = self.port if self.proxy is None else self.proxy.port
+            return start_owner(self.processes, self.owner(name), port)
 
     def submit(self, plan: Plan) -> RunStore:
         """Start a run and return its store."""
@@ -147,7 +152,7 @@ class RealFederation:
         with warnings.catch_warnings():
             # Flower builds its bundle with a name that a library below it deprecates.
             warnings.simplefilter("ignore", DeprecationWarning)
-            submit(self.home, store)
+            submit(self.home, store, self.made.link())
         return store
 
     def run(self, plan: Plan) -> RunStore:
@@ -202,16 +207,29 @@ def made_federation(folder: Path, owners: int) -> Federation:
 
 
 @contextmanager
-def federation_of(made: Federation, owners: Iterable[OwnerHome] | None = None) -> Iterator[RealFederation]:
-    """Run a coordinator and nodes of some owners (of all, unless told), and stop them after the block."""
+def federation_of(
+    made: Federation, owners: Iterable[OwnerHome] | None = None, *, proxied: bool = False
+) -> Iterator[RealFederation]:
+    """Run a coordinator and nodes of some owners (of all, unless told), and stop them after the block.
+
+    Args:
+        made: Homes and passphrases.
+        owners: Whose nodes to start.
+        proxied: Let the nodes reach the coordinator through a proxy that tests can disturb.
+    """
     mark = secrets.token_hex(8)
     running = made if owners is None else _with_owners(made, owners)
     try:
-        with Processes(made.folder / "logs") as processes:
+        with ExitStack() as stack:
+            processes = stack.enter_context(Processes(made.folder / "logs"))
+            port = free_port()
+            proxy = stack.enter_context(proxy_to(port)) if proxied else None
             with marked(mark):
-                port = start_federation(processes, running)
+                start_federation(processes, _with_owners(made, []), port)
+                for owner in running.owners:
+                    start_owner(processes, owner, port if proxy is None else proxy.port)
                 wait_for_coordinator(processes, made.server_home)
-            real = RealFederation(made, processes, port, made.folder / "public.npz", mark)
+            real = RealFederation(made, processes, port, made.folder / "public.npz", mark, proxy)
             try:
                 yield real
             finally:
@@ -222,4 +240,25 @@ def federation_of(made: Federation, owners: Iterable[OwnerHome] | None = None) -
 
 
 def _with_owners(made: Federation, owners: Iterable[OwnerHome]) -> Federation:
-    return Federation(made.folder, made.server_home, made.server_passphrase, tuple(owners))
+    return replace(made, owners=tuple(owners))
+
+
+def listening_addresses(pids: set[int]) -> set[tuple[str, str]]:
+    """Return (address, port) in the kernel's hex of every TCP listener of these processes."""
+    owned = set()
+    for pid in pids:
+        for link in (Path("/proc") / str(pid) / "fd").iterdir():
+            try:
+                target = str(link.readlink())
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                owned.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in (Path("/proc/net") / table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in owned:
+                address, port = fields[1].split(":")
+                found.add((address, port))
+    return found

@@ -19,21 +19,26 @@ import click
 import pytest
 import tomli_w
 import typer
+from cryptography.hazmat.primitives.serialization import Encoding
 from real_federation import MARK, living, plan_fields, wait_until
 from typer.testing import CliRunner
 
 import fedseal
+from crypto.authority import create_authority
+from crypto.identity import seal_key
 from protocol.errors import (
     CapacityExceeded,
     CertificateRefused,
     FedsealError,
     LedgerRollback,
+    LogBroken,
     NoiseTooSmall,
     PlanInvalid,
     PolicyInvalid,
     SecretUnavailable,
     ServerUnavailable,
 )
+from tests.credentials import operator_of
 
 ROOT = Path(__file__).parents[2]
 SCENARIO = ROOT / "scenarios" / "ten_owners.toml"
@@ -44,12 +49,20 @@ PROMISED = {
     "client",
     "run",
     "doctor",
+    "runs",
+    "stop",
     "pki init",
-    "pki issue",
-    "pki show",
+    "pki request",
+    "pki sign",
+    "pki install",
+    "pki renew",
+    "pki list",
     "pki revoke",
     "home coordinator",
     "home owner",
+    "home crl",
+    "log show",
+    "log verify",
     "data digits",
     "plan check",
     "privacy plan",
@@ -255,24 +268,72 @@ def secret_file(folder: Path, name: str, text: str, mode: int = 0o600) -> Path:
 class TestCertificates:
     def test_from_init_to_revoke(self, cli: Cli, tmp_path: Path) -> None:
         pki = tmp_path / "pki"
-        authority = secret_file(tmp_path, "authority", "correct horse battery")
-        holder = secret_file(tmp_path, "holder", "another passphrase")
-        keys = ("--passphrase-file", authority, "--key-passphrase-file", holder)
-        assert cli("pki", "init", "--pki", pki, "--passphrase-file", authority).status == 0
-        assert cli("pki", "issue", "--pki", pki, "--server", "coordinator.example", *keys).status == 0
-        for name in ("clinic", "bank"):
-            issued = cli("pki", "issue", "--pki", pki, "--owner", name, *keys)
-            assert issued.status == 0
-            assert len(issued.out.split()[-1]) == 64, "the fingerprint to pin comes last"
-        shown = json.loads(cli("pki", "show", "--pki", pki, "--json").out)
+        authority = ("--passphrase-file", secret_file(tmp_path, "authority", "correct horse battery"))
+        holder = ("--passphrase-file", secret_file(tmp_path, "holder", "another passphrase"))
+        assert cli("pki", "init", "--pki", pki, *authority).status == 0
+        fingerprints = {}
+        for name, party in (
+            ("coordinator", ("coordinator", "--host", "coordinator.example")),
+            ("alice", ("operator", "--name", "alice")),
+            ("clinic", ("owner", "--name", "clinic")),
+            ("bank", ("owner", "--name", "bank")),
+        ):
+            identity = tmp_path / name / "identity"
+            asked = cli("pki", "request", *party, "--identity", identity, *holder)
+            fingerprints[name] = asked.out.split()[-1]
+            request = identity / "request.pem"
+            other = cli("pki", "sign", request, "--pki", pki, "--fingerprint", "0" * 64, *authority)
+            refused(other, CertificateRefused, "another key")
+            signed = cli(
+                *("pki", "sign", request, "--pki", pki, "--fingerprint", fingerprints[name]), *authority
+            )
+            assert signed.status == 0, signed
+            assert signed.out.split()[-1] == fingerprints[name]
+            installed = cli("pki", "install", pki / "answers" / f"{name}.pem", "--identity", identity)
+            assert installed.status == 0, installed
+        assert installed.out.split()[-1] == fingerprints["bank"], "the fingerprint to pin comes last"
+        shown = json.loads(cli("pki", "list", "--pki", pki, "--json").out)
         assert [row["name"] for row in shown].count("bank") == 2
+        assert fingerprints["alice"] in {row["fingerprint"] for row in shown}
         assert not any(row["revoked"] for row in shown)
-        assert cli("pki", "revoke", "bank", "--pki", pki, "--passphrase-file", authority).status == 0
-        again = json.loads(cli("pki", "show", "--pki", pki, "--json").out)
+        assert cli("pki", "renew", "bank", "--pki", pki, "--days", 500, *authority).status == 0
+        lists = ("--crl", tmp_path / "clinic" / "identity" / "crl.pem")
+        assert cli("pki", "revoke", "bank", "--pki", pki, *lists, *authority).status == 0
+        again = json.loads(cli("pki", "list", "--pki", pki, "--json").out)
         assert {row["name"] for row in again if row["revoked"]} == {"bank"}
-        table = cli("pki", "show", "--pki", pki).out
-        assert "revoked" in table
-        assert "clinic" in table
+        assert [row["superseded"] for row in again if row["name"] == "bank"] == [True, True, False, False]
+        table = cli("pki", "list", "--pki", pki).out
+        assert all(
+            word in table for word in ("revoked", "superseded", "clinic", fingerprints["clinic"][:16])
+        )
+        for name in ("clinic", "coordinator"):
+            taken = cli("home", "crl", pki / "crl.pem", "--home", tmp_path / name)
+            assert taken.out.startswith("4 certificates are revoked"), taken
+            assert (tmp_path / name / "identity" / "crl.pem").read_bytes() == (pki / "crl.pem").read_bytes()
+
+    def test_log_of_the_authority(self, cli: Cli, tmp_path: Path) -> None:
+        pki = tmp_path / "pki"
+        authority = ("--passphrase-file", secret_file(tmp_path, "authority", "correct horse battery"))
+        cli("pki", "init", "--pki", pki, *authority)
+        first = cli("log", "verify", "--home", pki)
+        head = first.out.split()[-1]
+        cli("pki", "revoke", "--pki", pki, *authority)
+        assert cli("log", "verify", "--home", pki, "--head", head).status == 0
+        shown = json.loads(cli("log", "show", "--home", pki, "--json").out)
+        assert [act["act"] for act in shown] == ["pki.init", "pki.revoke"]
+        assert "pki.revoke" in cli("log", "show", "--home", pki).out
+        log = pki / "log" / "acts.jsonl"
+        log.write_bytes(log.read_bytes().replace(b"pki.revoke", b"pki.revoked"))
+        refused(cli("log", "verify", "--home", pki), LogBroken)
+        assert cli("log", "verify", "--home", pki, "--head", "nonsense").status == 2
+
+    def test_home_is_laid_out_around_an_identity(self, cli: Cli, tmp_path: Path) -> None:
+        for verb in (
+            ("home", "coordinator", "--members", tmp_path),
+            ("home", "owner", "--data", tmp_path / "x", "--dataset", "x", "--peers", tmp_path),
+        ):
+            refused(cli(*verb, "--home", tmp_path / "home"), CertificateRefused)
+        refused(cli("home", "crl", tmp_path / "crl.pem", "--home", tmp_path), CertificateRefused)
 
     def test_wrong_passphrase(self, cli: Cli, tmp_path: Path) -> None:
         pki = tmp_path / "pki"
@@ -295,14 +356,16 @@ class TestCertificates:
         refused(again, CertificateRefused, "already")
 
     def test_missing_folder(self, cli: Cli, tmp_path: Path) -> None:
-        refused(cli("pki", "show", "--pki", tmp_path / "nothing"), CertificateRefused)
+        refused(cli("pki", "list", "--pki", tmp_path / "nothing"), CertificateRefused)
 
-    def test_issue_wants_one_holder(self, cli: Cli, tmp_path: Path) -> None:
-        file = secret_file(tmp_path, "authority", "correct horse battery")
-        keys = ("--passphrase-file", file, "--key-passphrase-file", file)
-        outcome = cli("pki", "issue", "--pki", tmp_path / "pki", *keys)
-        assert outcome.status == 2
-        assert "--owner" in outcome.err
+    @pytest.mark.parametrize("party", [("owner",), ("coordinator", "--name", "x"), ("nobody",)])
+    def test_request_wants_a_party_and_its_name(
+        self, cli: Cli, tmp_path: Path, party: tuple[str, ...]
+    ) -> None:
+        file = secret_file(tmp_path, "holder", "another passphrase")
+        identity = ("--identity", tmp_path / "identity", "--passphrase-file", file)
+        assert cli("pki", "request", *party, *identity).status == 2
+        assert not (tmp_path / "identity").exists()
 
 
 @pytest.fixture(scope="module")
@@ -391,8 +454,21 @@ class TestParties:
     def test_run_without_a_coordinator(self, cli: Cli, tmp_path: Path) -> None:
         passphrase = secret_file(tmp_path, "passphrase", "unused")
         plan = write_plan(tmp_path)
-        outcome = cli("run", plan, "--home", tmp_path, "--passphrase-file", passphrase)
-        refused(outcome, ServerUnavailable)
+        keys = ("--passphrase-file", passphrase, "--operator-passphrase-file", passphrase)
+        refused(cli("run", plan, "--home", tmp_path, *keys), CertificateRefused, "operator.crt")
+        (tmp_path / "operator").mkdir()
+        authority = create_authority("Test CA", 2)
+        operator, trust = operator_of(authority, "alice", 1), authority.revocation_list([], 1)
+        for name, part in (
+            ("operator.crt", operator.certificate),
+            ("ca.crt", authority.certificate),
+            ("crl.pem", trust),
+        ):
+            (tmp_path / "operator" / name).write_bytes(part.public_bytes(Encoding.PEM))
+        seal_key(tmp_path / "operator" / "operator.key.sealed", operator.key, b"unused")
+        refused(cli("run", plan, "--home", tmp_path, *keys), ServerUnavailable)
+        for verb in (("runs",), ("stop", "small")):
+            refused(cli(*verb, "--home", tmp_path, *keys[2:]), ServerUnavailable)
 
     def test_no_passphrase_at_all(self, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sys.stdin", open(os.devnull, encoding="utf-8"))  # noqa: SIM115

@@ -52,8 +52,8 @@ class Wire:
         self.received: list[tuple[str, bytes, bytes]] = []
         original = Exchanger._received
 
-        def watched(exchanger: Exchanger, kind: str, node: int, message: Any) -> Reply:
-            reply = original(exchanger, kind, node, message)
+        def watched(exchanger: Exchanger, kind: str, *others: Any) -> Reply:
+            reply = original(exchanger, kind, *others)
             self.received.append((kind, reply.body, reply.blob))
             return reply
 

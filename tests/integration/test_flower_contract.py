@@ -19,13 +19,16 @@ from typing import Any
 import flwr
 import flwr.app
 import flwr.serverapp
+import httpx
 import pytest
 
 import server.flower
-from crypto.certificates import create_authority
+from crypto.authority import create_authority
 from protocol.environment import FLOWER_ENVIRONMENT
 from protocol.records import LARGE_BLOB_BYTES, from_record, to_record
-from server.flower import SuperLinkOptions, _bundle, pull, set_identity, superlink_app
+from server.flower import SuperLinkOptions, pull, set_identity, superlink_app
+from server.flower_control import _bundle
+from tests.credentials import server_of
 
 ROOT = Path(flwr.__file__).parent
 FLEET = "flwr.supernode.fleet_http_connection"
@@ -89,8 +92,8 @@ def test_superlink_takes_our_options_and_keeps_its_state_in_memory(tmp_path: Pat
         assert sys.argv == before
     config, lifespan = seen[0]
     assert lifespan is member(module_name, "SuperLinkLifespan")
-    assert config.host == "127.0.0.1", "--host does not set the address of control and runtime API"
-    assert config.port == 12345, "--port does not set the port of control and runtime API"
+    assert config.host == "127.0.0.1", "--host does not set the address of the runtime API"
+    assert config.port == 12345, "--port does not set the port of the runtime API"
     assert config.enable_supernode_auth is True, "--enable-supernode-auth does nothing"
     assert config.runtime_dependency_install is False, "packages would be installed at run time"
     assert config.database == member("flwr.supercore.constant", "FLWR_IN_MEMORY_DB_NAME")
@@ -102,12 +105,15 @@ def _options(folder: Path) -> SuperLinkOptions:
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
     authority = create_authority("contract", 1)
-    issued = authority.issue_server("coordinator", ["127.0.0.1"], 1)
+    issued = server_of(authority, ["127.0.0.1"], 1)
     (folder / "ca.crt").write_bytes(authority.certificate.public_bytes(Encoding.PEM))
     (folder / "server.crt").write_bytes(issued.certificate.public_bytes(Encoding.PEM))
     pem = issued.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (folder / "server.key").write_bytes(pem)
-    return SuperLinkOptions(12345, folder / "ca.crt", folder / "server.crt", str(folder / "server.key"), "")
+    key_file = str(folder / "server.key")
+    return SuperLinkOptions(
+        12345, folder / "ca.crt", folder / "server.crt", key_file, "", folder / "objects"
+    )
 
 
 def test_legacy_network_servers_stay_off_unless_asked_for() -> None:
@@ -120,10 +126,24 @@ def test_legacy_network_servers_stay_off_unless_asked_for() -> None:
 
 def test_control_client_has_the_calls_that_we_make() -> None:
     client = member("flwr.supercore.control", "ControlHttpClient")
-    for name in ("from_server_address", "RegisterNode", "StartRun", "StopRun", "ListRuns", "close"):
+    for name in ("RegisterNode", "StartRun", "StopRun", "ListRuns", "close"):
         assert callable(getattr(client, name, None)), f"ControlHttpClient has no {name} any more"
-    expected = ["server_address", "insecure", "root_certificates", "interceptors", "retry_invoker"]
-    assert parameters(client.from_server_address) == expected, "from_server_address changed its arguments"
+    made = client("http://nowhere.invalid", interceptors=[])
+    assert isinstance(made._client, httpx.Client), "the HTTP client is not kept as _client any more"
+    made.close()
+
+
+def test_control_api_asks_nobody_who_he_is() -> None:
+    """This is why no listener serves it; if Flower ever asks, that may be reconsidered."""
+    load = member("flwr.superlink.config_loader", "load_control_authn_plugin")
+    assert type(load()).__name__ == "NoOpControlAuthnPlugin"
+
+
+def test_runtime_api_wants_a_token_for_all_but_acquiring_a_task() -> None:
+    text = source("flwr.supercore.routers.runtime.router")
+    routes = text.count("@router.post(")
+    assert text.count("task: TaskDependency") == routes - 1
+    assert text.count("_auth: AcquireTaskAuthDependency") == 1
 
 
 def test_control_client_names_its_version_by_an_interceptor() -> None:

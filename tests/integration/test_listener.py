@@ -14,13 +14,16 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_der_private_key
-from real_federation import PASSPHRASE, RealFederation, wait_until
+from real_federation import PASSPHRASE, RealFederation, listening_addresses, wait_until
 
 from client.flower import fleet_connection, tls_context
-from crypto.certificates import Authority, OwnerCredentials, ServerCredentials, create_authority
-from crypto.pki import load_owner, load_trust, ssl_key_file
+from crypto.authority import Authority, create_authority
+from crypto.certificates import OwnerCredentials, ServerCredentials
+from crypto.identity import load_owner, ssl_key_file
+from crypto.trust import load_trust
 from crypto.vault import open_secret
 from protocol.errors import ServerUnavailable
+from tests.credentials import owner_of, server_of
 
 NOW = datetime.now(UTC)
 HIDDEN = (
@@ -100,27 +103,27 @@ class TestWhoIsLetIn:
         assert is_refused(real, context_for(real, None, tmp_path))
 
     def test_nobody_of_another_authority(self, real: RealFederation, tmp_path: Path) -> None:
-        foreign = create_authority("fedseal demo authority", days=30).issue_owner("owner-1", days=10)
+        foreign = owner_of(create_authority("fedseal demo authority", days=30), "owner-1", days=10)
         assert is_refused(real, context_for(real, foreign, tmp_path))
 
     def test_nobody_with_an_expired_certificate(
         self, real: RealFederation, authority: Authority, tmp_path: Path
     ) -> None:
-        expired = authority.issue_owner("owner-1", days=1, now=NOW - timedelta(days=2))
+        expired = owner_of(authority, "owner-1", days=1, now=NOW - timedelta(days=2))
         assert is_refused(real, context_for(real, expired, tmp_path))
-        fresh = authority.issue_owner("owner-1", days=1)
+        fresh = owner_of(authority, "owner-1", days=1)
         assert health(real, context_for(real, fresh, tmp_path)).endswith(b"200 OK"), "the date decides"
 
     def test_nobody_with_a_certificate_that_is_not_valid_yet(
         self, real: RealFederation, authority: Authority, tmp_path: Path
     ) -> None:
-        early = authority.issue_owner("owner-1", days=1, now=NOW + timedelta(days=2))
+        early = owner_of(authority, "owner-1", days=1, now=NOW + timedelta(days=2))
         assert is_refused(real, context_for(real, early, tmp_path))
 
     def test_nobody_with_a_certificate_for_another_use(
         self, real: RealFederation, authority: Authority, tmp_path: Path
     ) -> None:
-        server = authority.issue_server("coordinator", ["localhost"], days=1)
+        server = server_of(authority, ["localhost"], days=1)
         file = tmp_path / "server.crt"
         file.write_bytes(server.certificate.public_bytes(Encoding.PEM))
         context = context_for(real, None, tmp_path)
@@ -173,7 +176,7 @@ class TestWhatIsServed:
 
     def test_control_api_listens_on_loopback_alone(self, real: RealFederation) -> None:
         """Read what the kernel says of every process of the coordinator."""
-        listening = _listening_addresses(set(real.living()))
+        listening = listening_addresses(set(real.living()))
         assert listening, "the kernel's table names the listeners"
         assert {address for address, _port in listening} == {"0100007F"}
         assert f"{real.port:04X}" in {port for _address, port in listening}
@@ -229,8 +232,9 @@ class TestWhichCoordinatorIsAccepted:
     @pytest.fixture
     def context(self, authority: Authority, tmp_path: Path) -> ssl.SSLContext:
         """What an owner's node connects with."""
-        credentials = authority.issue_owner("owner-9", days=1)
+        credentials = owner_of(authority, "owner-9", days=1)
         (tmp_path / "ca.crt").write_bytes(authority.certificate.public_bytes(Encoding.PEM))
+        (tmp_path / "crl.pem").write_bytes(authority.revocation_list([], 7).public_bytes(Encoding.PEM))
         shown = credentials.transport_certificate.public_bytes(Encoding.PEM)
         (tmp_path / "transport.crt").write_bytes(shown)
         return tls_context(tmp_path / "ca.crt", tmp_path / "transport.crt", credentials)
@@ -238,12 +242,12 @@ class TestWhichCoordinatorIsAccepted:
     def test_right_name_and_authority(
         self, authority: Authority, context: ssl.SSLContext, tmp_path: Path
     ) -> None:
-        with coordinator(authority.issue_server("coordinator", ["127.0.0.1"], 1), tmp_path) as port:
+        with coordinator(server_of(authority, ["127.0.0.1"], 1), tmp_path) as port:
             assert connect(context, port) == "TLSv1.3"
 
     def test_another_name(self, authority: Authority, context: ssl.SSLContext, tmp_path: Path) -> None:
         with (
-            coordinator(authority.issue_server("coordinator", ["evil.example"], 1), tmp_path) as port,
+            coordinator(server_of(authority, ["evil.example"], 1), tmp_path) as port,
             pytest.raises(ssl.SSLCertVerificationError),
         ):
             connect(context, port)
@@ -251,21 +255,49 @@ class TestWhichCoordinatorIsAccepted:
     def test_another_authority(self, context: ssl.SSLContext, tmp_path: Path) -> None:
         foreign = create_authority("fedseal demo authority", 10)
         with (
-            coordinator(foreign.issue_server("coordinator", ["127.0.0.1"], 1), tmp_path) as port,
+            coordinator(server_of(foreign, ["127.0.0.1"], 1), tmp_path) as port,
             pytest.raises(ssl.SSLCertVerificationError),
         ):
             connect(context, port)
 
     def test_expired(self, authority: Authority, context: ssl.SSLContext, tmp_path: Path) -> None:
-        expired = authority.issue_server("coordinator", ["127.0.0.1"], 1, now=NOW - timedelta(days=2))
+        expired = server_of(authority, ["127.0.0.1"], 1, now=NOW - timedelta(days=2))
         with coordinator(expired, tmp_path) as port, pytest.raises(ssl.SSLCertVerificationError):
+            connect(context, port)
+
+    def test_revoked(self, authority: Authority, context: ssl.SSLContext, tmp_path: Path) -> None:
+        issued = server_of(authority, ["127.0.0.1"], 1)
+        with coordinator(issued, tmp_path) as port:
+            assert connect(context, port) == "TLSv1.3"
+            revoked = authority.revocation_list([issued.certificate.serial_number], 7)
+            (tmp_path / "crl.pem").write_bytes(revoked.public_bytes(Encoding.PEM))
+            owner = owner_of(authority, "owner-7", days=1)
+            (tmp_path / "transport.crt").write_bytes(owner.transport_certificate.public_bytes(Encoding.PEM))
+            informed = tls_context(tmp_path / "ca.crt", tmp_path / "transport.crt", owner)
+            with pytest.raises(ssl.SSLCertVerificationError, match="revoked"):
+                connect(informed, port)
+
+    def test_nobody_by_a_stale_list(self, authority: Authority, tmp_path: Path) -> None:
+        past = NOW - timedelta(days=9)
+        owner = owner_of(authority, "owner-7", days=1)
+        for name, data in (
+            ("ca.crt", authority.certificate.public_bytes(Encoding.PEM)),
+            ("crl.pem", authority.revocation_list([], 7, past).public_bytes(Encoding.PEM)),
+            ("transport.crt", owner.transport_certificate.public_bytes(Encoding.PEM)),
+        ):
+            (tmp_path / name).write_bytes(data)
+        context = tls_context(tmp_path / "ca.crt", tmp_path / "transport.crt", owner)
+        with (
+            coordinator(server_of(authority, ["127.0.0.1"], 1), tmp_path) as port,
+            pytest.raises(ssl.SSLCertVerificationError, match="CRL has expired"),
+        ):
             connect(context, port)
 
     def test_owner_that_poses_as_the_coordinator(
         self, authority: Authority, context: ssl.SSLContext, tmp_path: Path
     ) -> None:
         """A member has a certificate of the right authority, but not for a server."""
-        owner = authority.issue_owner("owner-8", days=1)
+        owner = owner_of(authority, "owner-8", days=1)
         posing = ServerCredentials(owner.transport_key, owner.transport_certificate)
         with coordinator(posing, tmp_path) as port, pytest.raises(ssl.SSLCertVerificationError):
             connect(context, port)
@@ -276,7 +308,7 @@ class TestWhichCoordinatorIsAccepted:
         credentials = load_owner(home, PASSPHRASE)
         context = tls_context(home / "ca.crt", home / "transport.crt", credentials)
         with (
-            coordinator(foreign.issue_server("coordinator", ["127.0.0.1"], 1), tmp_path) as port,
+            coordinator(server_of(foreign, ["127.0.0.1"], 1), tmp_path) as port,
             pytest.raises(ServerUnavailable),
             fleet_connection(f"127.0.0.1:{port}", context, credentials),
         ):
@@ -324,24 +356,3 @@ def connect(context: ssl.SSLContext, port: int) -> str | None:
         context.wrap_socket(raw, server_hostname="127.0.0.1") as connection,
     ):
         return connection.version()
-
-
-def _listening_addresses(pids: set[int]) -> set[tuple[str, str]]:
-    """Return (address, port) in the kernel's hex of every TCP listener of these processes."""
-    owned = set()
-    for pid in pids:
-        for link in (Path("/proc") / str(pid) / "fd").iterdir():
-            try:
-                target = str(link.readlink())
-            except OSError:
-                continue
-            if target.startswith("socket:["):
-                owned.add(target[8:-1])
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in (Path("/proc/net") / table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in owned:
-                address, port = fields[1].split(":")
-                found.add((address, port))
-    return found

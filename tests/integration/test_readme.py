@@ -75,15 +75,17 @@ def terminals(tmp_path: Path) -> Iterator[Terminals]:
 def test_a_newcomer_who_follows_the_readme_gets_a_verified_model(
     terminals: Terminals, tmp_path: Path
 ) -> None:
-    authority, homes, parties, run = blocks()
-    for line in [*authority, *homes]:
+    *preparations, parties, run = blocks()
+    for line in [line for block in preparations for line in block]:
         terminals.run(line)
     for line in parties:
         terminals.start(line)
     wait_until((tmp_path / "coordinator" / "addresses.json").exists, 90, "the coordinator is ready")
-    submitted, ledger, package, report = (terminals.run(line) for line in run)
+    submitted, ledger, explained, package, report, log = (terminals.run(line) for line in run)
     assert "12/12" in submitted
     assert "chain verified" in ledger
+    assert "epsilon" in explained
     assert "verified: digits" in package
     assert "INCONCLUSIVE" in report
+    assert "acts form one chain" in log
     assert terminals.close() == [0, 0, 0, 0]

@@ -15,8 +15,8 @@ from real_federation import PASSPHRASE, RealFederation, command_line, small_plan
 from audit.conclude import Conclusion, conclude
 from audit.report import verify_report
 from crypto.certificates import verify_signing_certificate
-from crypto.pki import load_trust
 from crypto.signing import verify
+from crypto.trust import load_trust
 from deploy.measure import run_session
 from deploy.package import load_session, verify_package
 from protocol.accounting import epsilon_after

@@ -12,12 +12,14 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from audit.evidence import RunEvidence
-from crypto.certificates import OwnerCredentials, create_authority, describe, fingerprint
+from crypto.authority import create_authority
+from crypto.certificates import OwnerCredentials, describe, fingerprint
 from crypto.signing import sign
 from protocol.accounting import calibrate, epsilon_after, worst_epsilon_after
 from protocol.claims import planned_worst
 from protocol.messages import LedgerHead, Opening, Statement
 from protocol.plan import Plan
+from tests.credentials import owner_of, server_of
 
 START = datetime(2026, 3, 2, 8, 30, tzinfo=UTC)
 END = START + timedelta(minutes=14, seconds=9)
@@ -33,11 +35,9 @@ def sha(text: str) -> str:
 def credentials() -> tuple[list[dict[str, Any]], dict[str, OwnerCredentials]]:
     """Descriptions of all certificates, and the owners' keys by name."""
     authority = create_authority("Example Federation CA", 900, START - timedelta(days=30))
-    server = authority.issue_server(
-        "coordinator", names=["localhost"], days=200, now=START - timedelta(days=20)
-    )
+    server = server_of(authority, ["localhost"], days=200, now=START - timedelta(days=20))
     owners = {
-        name: authority.issue_owner(name, days=200, now=START - timedelta(days=20)) for name in OWNERS
+        name: owner_of(authority, name, days=200, now=START - timedelta(days=20)) for name in OWNERS
     }
     listed = [authority.certificate, server.certificate]
     for owner in owners.values():

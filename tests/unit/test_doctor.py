@@ -40,8 +40,9 @@ from console.doctor import (
     show_findings,
 )
 from console.doctor_home import check_home
-from crypto.certificates import create_authority
+from crypto.authority import create_authority
 from scenarios.federation import Federation, make_federation
+from tests.credentials import owner_of
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
@@ -177,8 +178,8 @@ def test_a_missing_part_of_flower_is_named(module: str) -> None:
 
 def test_every_private_module_of_flower_in_use_is_looked_for() -> None:
     used: set[str] = set()
-    for side in ("server", "client"):
-        tree = ast.parse((ROOT / side / "flower.py").read_text())
+    for file in (*ROOT.glob("server/flower*.py"), *ROOT.glob("client/flower*.py")):
+        tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module is not None:
                 used.add(node.module)
@@ -269,20 +270,20 @@ def put(identity: Path, **files: x509.Certificate | x509.CertificateRevocationLi
 
 def test_one_expired_certificate_among_valid_ones_is_the_only_failure(owner: Path) -> None:
     authority = create_authority("Test CA", 400, NOW - 300 * DAY)
-    old = authority.issue_owner("ward-a", 30, NOW - 100 * DAY)
+    old = owner_of(authority, "ward-a", 30, NOW - 100 * DAY)
     put(
         owner / "identity",
         ca=authority.certificate,
         crl=authority.revocation_list([], 30, NOW),
         signing=old.signing_certificate,
-        transport=authority.issue_owner("ward-a", 90, NOW).transport_certificate,
+        transport=owner_of(authority, "ward-a", 90, NOW).transport_certificate,
     )
     assert failures(check_home(owner, NOW)) == {"signing.crt"}
 
 
 def test_a_revoked_certificate_fails(owner: Path) -> None:
     authority = create_authority("Test CA", 400, NOW)
-    issued = authority.issue_owner("ward-a", 90, NOW)
+    issued = owner_of(authority, "ward-a", 90, NOW)
     put(
         owner / "identity",
         ca=authority.certificate,

@@ -1,0 +1,97 @@
+"""``fedseal run``: begin or resume a run, follow it, package its model and write its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rich.console import Console
+from rich.text import Text
+
+from console.progress import RunProgress
+from console.show import warn_if_unprotected
+from protocol.errors import RunInterrupted, RunPaused
+from protocol.plan import Plan
+
+if TYPE_CHECKING:
+    from server.control import ControlLink
+    from server.store import RunStore
+
+
+def begin_run(
+    console: Console,
+    home: Path,
+    plan: Plan,
+    public_data: Path | None,
+    out: Path | None,
+    passphrase: bytes,
+    link: ControlLink,
+) -> None:
+    """Submit a plan as a new run and see it through."""
+    from server.release import release_key
+    from server.submit import prepare_run, read_addresses, submit
+
+    read_addresses(home)
+    key = release_key(home, passphrase)
+    warn_if_unprotected(console, plan)
+    store = prepare_run(home, plan, public_data)
+    console.print(f"run folder: {store.folder}", soft_wrap=True)
+    submit(home, store, link)
+    _see_through(console, home, store, key, out, after=0)
+
+
+def resume_run(
+    console: Console, home: Path, run: str, out: Path | None, passphrase: bytes, link: ControlLink
+) -> None:
+    """Go on with a run after its last finished round, or only follow it where it is under way."""
+    from server.app import note_interruption
+    from server.release import release_key
+    from server.submit import open_run, submit
+    from server.watch import last_event
+
+    store = open_run(home, run)
+    key = release_key(home, passphrase)
+    note_interruption(store)
+    plan, after = store.plan(), last_event(store)
+    warn_if_unprotected(console, plan)
+    console.print(f"run folder: {store.folder}", soft_wrap=True)
+    finished = f"{store.finished_rounds()} of {plan.run.rounds} rounds are finished"
+    console.print(Text(f"● {finished}", style="bold"))
+    if not store.is_carried_out() and store.get("state") != "finished":
+        submit(home, store, link)
+    _see_through(console, home, store, key, out, after)
+
+
+def _see_through(
+    console: Console, home: Path, store: RunStore, key: Ed25519PrivateKey, out: Path | None, after: int
+) -> None:
+    """Print a run's progress, then package the model and write the report.
+
+    Raises:
+        RunPaused, RunInterrupted: It can be resumed; how is printed.
+        RunFailed, ServerUnavailable: See `server.watch.follow`.
+    """
+    from audit.conclude import conclude
+    from server.watch import follow
+
+    plan = store.plan()
+    progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")
+    try:
+        follow(store, progress.show, after)
+    except (RunPaused, RunInterrupted):
+        rounds = f"{store.finished_rounds()} of {plan.run.rounds} rounds"
+        console.print(Text(f"● paused; {rounds} are finished and kept", style="bold yellow"))
+        console.print(f"to go on: fedseal run --resume {store.folder.name} --home {home}", soft_wrap=True)
+        raise
+    finally:
+        if store.get("state") in ("finished", "failed", "paused"):
+            target = out or store.folder / "result"
+            conclusion = conclude(
+                store, home, key, target, lambda text: progress.show("step", {"text": text})
+            )
+            console.print(
+                f"report: {conclusion.verdict['status']}  {conclusion.report_html}", soft_wrap=True
+            )
+            if conclusion.package is not None:
+                console.print(f"package: {conclusion.package}", soft_wrap=True)

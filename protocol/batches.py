@@ -1,0 +1,93 @@
+"""Several byte strings as one, so that one request carries what would take many."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import Final
+
+from protocol.errors import EncodingInvalid
+
+INLINE_BYTES: Final = 12 * 1024 * 1024
+"""Content that one batch carries at most; what is left over travels by itself. A part of an encrypted
+update (`crypto.parts`) fits."""
+
+MAX_BATCH_BYTES: Final = 32 * 1024 * 1024
+"""Longest accepted batch."""
+
+MAX_ITEMS: Final = 65_536
+"""Most byte strings of a batch."""
+
+LONGEST_WAIT_S: Final = 10.0
+"""Longest time that a request waits for something to come; below every limit of HTTP clients."""
+
+RECEIVE_PATH: Final = "/v1/fleet/fedseal/receive"
+ANSWER_PATH: Final = "/v1/fleet/fedseal/answer"
+PUSH_PATH: Final = "/v1/runtime/fedseal/push"
+PULL_PATH: Final = "/v1/runtime/fedseal/pull"
+
+_LENGTH: Final = struct.Struct("<Q")
+
+
+def join_batch(items: Iterable[bytes]) -> bytes:
+    """Return byte strings as one, each after its length as eight little-endian bytes."""
+    return b"".join(piece for item in items for piece in (item_head(item), item))
+
+
+def item_head(item: bytes) -> bytes:
+    """Return what stands before an item of a batch."""
+    return _LENGTH.pack(len(item))
+
+
+def first_length(data: bytes | bytearray, place: int = 0) -> range | None:
+    """Return where the content of the item at a place lies; None if not all of it is there.
+
+    Raises:
+        EncodingInvalid: The item is longer than any batch.
+    """
+    start = place + _LENGTH.size
+    if start > len(data):
+        return None
+    (length,) = _LENGTH.unpack_from(data, place)
+    if length > MAX_BATCH_BYTES:
+        raise EncodingInvalid(f"a batch is longer than {MAX_BATCH_BYTES} bytes")
+    return range(start, start + length) if start + length <= len(data) else None
+
+
+class RawMessage:
+    """Stands where Flower's HTTP client takes a protobuf message, and is nothing but its bytes.
+
+    Args:
+        content: The bytes, of a request; those of an answer are read into it.
+    """
+
+    def __init__(self, content: bytes = b"") -> None:
+        self.content = content
+
+    def SerializeToString(self, *, deterministic: bool = False) -> bytes:
+        """Return the bytes, as Flower calls it."""
+        del deterministic
+        return self.content
+
+    def ParseFromString(self, data: bytes) -> None:
+        """Take the bytes, as Flower calls it."""
+        self.content = data
+
+
+def split_batch(data: bytes | bytearray) -> list[bytes]:
+    """Inverse of `join_batch` for bytes of a peer.
+
+    Raises:
+        EncodingInvalid: The bytes are no batch, or one beyond the limits.
+    """
+    if len(data) > MAX_BATCH_BYTES:
+        raise EncodingInvalid(f"a batch is longer than {MAX_BATCH_BYTES} bytes")
+    items: list[bytes] = []
+    place, view = 0, memoryview(data)
+    while place < len(data):
+        content = first_length(data, place)
+        if content is None or len(items) == MAX_ITEMS:
+            raise EncodingInvalid("a batch is cut off or has too many items")
+        place = content.stop
+        items.append(bytes(view[content.start : place]))
+    return items

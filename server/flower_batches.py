@@ -1,0 +1,395 @@
+"""Several of Flower's requests in one, and waiting for an event in place of asking again and again.
+
+Flower 1.41.0 moves every object of a message by a request of its own, and both sides ask in intervals
+whether something has come. A request costs the coordinator about five milliseconds, most of them in ten
+layers of middleware, and a round of three exchanges takes hundreds. Here one request carries a message with
+its objects, and a request for messages is answered when there is one. What a request does is done by
+Flower's own handlers, after Flower's own authentication; its own requests stay as they are, so that
+Flower's own nodes can be used.
+
+Beside `server.flower` the only module of the coordinator that touches private parts of Flower;
+`tests/integration/test_flower_contract.py` checks every assumption by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
+from typing import Any, Final
+
+from fastapi import HTTPException
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, TASK_TOKEN_HEADER
+from flwr.supercore.dependencies.task import authenticate_task
+from flwr.supercore.error import http_error_translator
+from flwr.supercore.inflatable.inflatable_object import get_object_id, iterate_object_tree
+from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from flwr.superlink.servicer.fleet import fleet_handlers
+from flwr.superlink.servicer.runtime import runtime_handlers
+from google.protobuf.message import DecodeError
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from protocol.batches import (
+    ANSWER_PATH,
+    INLINE_BYTES,
+    LONGEST_WAIT_S,
+    MAX_BATCH_BYTES,
+    PULL_PATH,
+    PUSH_PATH,
+    RECEIVE_PATH,
+    first_length,
+    item_head,
+)
+from protocol.errors import EncodingInvalid
+
+_PROTOBUF: Final = "application/protobuf"
+_ACTIVATE_PATH: Final = "/v1/fleet/activate-node"
+_LOOK_AGAIN_S: Final = 1.0
+"""Nodes that vanish, and replies by Flower's own requests, are noticed without a bell after this time."""
+
+_REPLIES: Final = "replies"
+
+Handler = Callable[[Request], Awaitable[Iterable[bytes]]]
+"""Answers a request by the items of a batch, which are made while they are sent."""
+
+
+class Bells:
+    """Wakes who waits for something, in one event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+
+    def ring(self, name: str) -> None:
+        """Wake everyone who waits for this name."""
+        for event in self._waiting.get(name, ()):
+            event.set()
+
+    @contextmanager
+    def listening(self, name: str) -> Iterator[asyncio.Event]:
+        """Yield an event that is set whenever the name is rung."""
+        event = asyncio.Event()
+        listeners = self._waiting.setdefault(name, set())
+        listeners.add(event)
+        try:
+            yield event
+        finally:
+            listeners.discard(event)
+            if not listeners:
+                self._waiting.pop(name, None)
+
+
+class Batches:
+    """Flower's SuperLink with batched requests beside its own.
+
+    Assumes that `superlink_app` built the app, that its link state is the one that Flower's routes use, and
+    that handlers take ``(request, state)`` or ``(request, state, task)``.
+
+    Args:
+        app: From `server.flower.superlink_app`.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._bells = Bells()
+        self._newest: dict[int, object] = {}
+        self._fleet: dict[str, Handler] = {RECEIVE_PATH: self._receive, ANSWER_PATH: self._answer}
+        self._runtime: dict[str, Handler] = {PULL_PATH: self._pull, PUSH_PATH: self._push}
+
+    async def fleet(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Serve what nodes may ask, as an ASGI app."""
+        if scope["type"] == "http" and scope["path"] == _ACTIVATE_PATH and scope["method"] == "POST":
+            request = Request({**scope, "app": self._app}, receive, send)
+            response = await http_error_translator(request, self._activate)
+            await response(scope, receive, send)
+            return
+        await self._serve(self._fleet, scope, receive, send)
+
+    async def runtime(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Serve what this machine's own processes may ask, as an ASGI app."""
+        await self._serve(self._runtime, scope, receive, send)
+
+    @property
+    def _state(self) -> Any:
+        return self._app.state.linkstate_factory.state()
+
+    async def _serve(
+        self, handlers: dict[str, Handler], scope: dict[str, Any], receive: Any, send: Any
+    ) -> None:
+        handler = handlers.get(scope.get("path", "")) if scope["type"] == "http" else None
+        if handler is None or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        request = Request({**scope, "app": self._app}, receive, send)
+        response = await http_error_translator(request, _answered_by(handler))
+        await response(scope, receive, send)
+
+    # --- fleet ---------------------------------------------------------------------------------------
+
+    async def _activate(self, request: Any) -> Response:
+        """Activate a node, even one that Flower still takes for connected.
+
+        Where a connection broke unnoticed, Flower by itself refuses the node for a minute.
+        """
+        try:
+            asked = ActivateNodeRequest.FromString(await request.body())
+        except DecodeError:
+            raise HTTPException(400, "Invalid request") from None
+        request.state.protobuf_request, state = asked, self._state
+        await asyncio.to_thread(authenticate_node, request)
+        node_id = state.get_node_id_by_public_key(asked.public_key)
+        if node_id is not None:
+            await asyncio.to_thread(state.deactivate_node, node_id)
+        answer = await asyncio.to_thread(fleet_handlers.activate_node, asked, state)
+        return Response(answer.SerializeToString(), media_type=_PROTOBUF)
+
+    async def _receive(self, request: Request) -> Iterable[bytes]:
+        """Answer a node's next message with its objects, as soon as there is one.
+
+        Of several such requests of one node only the newest waits: an older one is of a connection or a
+        process that is gone, and a message that was handed to it would be lost.
+        """
+        node = await self._node(request)
+        await _batch(request)
+        turn, name = object(), _bell_of(node.node_id)
+        self._newest[node.node_id] = turn
+        self._bells.ring(name)
+
+        async def look() -> Iterable[bytes] | None:
+            if self._newest.get(node.node_id) is not turn:
+                return ()
+            return await asyncio.to_thread(self._next_message, node)
+
+        return await self._awaited(request, name, look, LONGEST_WAIT_S, LONGEST_WAIT_S)
+
+    def _next_message(self, node: Node) -> Iterable[bytes] | None:
+        state = self._state
+        found = fleet_handlers.pull_messages(PullMessagesRequest(node=node), state, state.object_store)
+        if not found.messages_list:
+            return None
+        run_id = found.messages_list[0].metadata.run_id
+
+        def content(object_id: str) -> bytes:
+            held = state.get_object(run_id, object_id) or b""
+            if held:
+                state.store_traffic(run_id, bytes_sent=len(held), bytes_recv=0)
+            return bytes(held)
+
+        contents = _within_limit(_objects(found.message_object_trees), content)
+        return chain([found.SerializeToString()], contents)
+
+    async def _answer(self, request: Request) -> Iterable[bytes]:
+        """Take a node's reply with its objects, and its receipt for the message that it answers."""
+        node = await self._node(request)
+        items = _items(request)
+        received, pushed = await _next(items), await _next(items)
+        asked = PushMessagesRequest.FromString(pushed)
+        if asked.node.node_id != node.node_id or len(asked.messages_list) != 1:
+            raise HTTPException(401, "Invalid SuperNode authentication")
+        stored = await asyncio.to_thread(self._store_reply, node, received.decode("ascii"), asked)
+        state, run_id = self._state, asked.messages_list[0].metadata.run_id
+
+        def store(object_id: str, content: bytes) -> bool:
+            # what Flower's handler does for an object, less the copies in a protobuf message
+            kept = bool(state.store_object(run_id, stored.session_id, object_id, content))
+            if kept:
+                state.store_traffic(run_id, bytes_sent=0, bytes_recv=len(content))
+            return kept
+
+        await _store_wanted(stored.objects_to_push, items, store)
+        self._bells.ring(_REPLIES)
+        return [stored.SerializeToString()]
+
+    def _store_reply(self, node: Node, received: str, asked: PushMessagesRequest) -> Any:
+        state, run_id = self._state, asked.messages_list[0].metadata.run_id
+        receipt = ConfirmMessageReceivedRequest(node=node, run_id=run_id, message_object_id=received)
+        fleet_handlers.confirm_message_received(receipt, state, state.object_store)
+        return fleet_handlers.push_messages(asked, state)
+
+    async def _node(self, request: Request) -> Node:
+        """Return the node that signed a request; Flower's own check, against the key's own node."""
+        encoded = request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, "")
+        try:
+            key = base64.b64decode(encoded, validate=True)
+        except binascii.Error:
+            key = b""
+        node = Node(node_id=self._state.get_node_id_by_public_key(key) or 0)
+        request.state.protobuf_request = PullMessagesRequest(node=node)
+        await asyncio.to_thread(authenticate_node, request)
+        return node
+
+    # --- runtime -------------------------------------------------------------------------------------
+
+    async def _push(self, request: Request) -> Iterable[bytes]:
+        """Take messages of the run's own process with their objects, and wake their nodes."""
+        task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), self._state)
+        items, state = _items(request), self._state
+        asked = PushAppMessagesRequest.FromString(await _next(items))
+        stored = await asyncio.to_thread(runtime_handlers.push_messages, asked, state, task)
+
+        def store(object_id: str, content: bytes) -> bool:
+            return bool(state.store_object(task.run_id, stored.session_id, object_id, content))
+
+        await _store_wanted(stored.objects_to_push, items, store)
+        for message in asked.messages_list:
+            self._bells.ring(_bell_of(message.metadata.dst_node_id))
+        return [stored.SerializeToString()]
+
+    async def _pull(self, request: Request) -> Iterable[bytes]:
+        """Answer the replies to some messages with their objects, as soon as there is one.
+
+        The batch holds the request, the longest wait in milliseconds, and receipts for earlier replies.
+        """
+        task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), self._state)
+        pulled, wait, *received = await _batch(request, at_least=2)
+        asked = PullAppMessagesRequest.FromString(pulled)
+        for identifier in received:
+            receipt = ConfirmMessageReceivedRequest(message_object_id=identifier.decode("ascii"))
+            await asyncio.to_thread(runtime_handlers.confirm_message_received, receipt, self._state, task)
+
+        async def look() -> Iterable[bytes] | None:
+            return await asyncio.to_thread(self._replies, asked, task)
+
+        wait_s = min(int.from_bytes(wait[:4], "little") / 1000, LONGEST_WAIT_S)
+        return await self._awaited(request, _REPLIES, look, wait_s, _LOOK_AGAIN_S)
+
+    def _replies(self, asked: PullAppMessagesRequest, task: Any) -> Iterable[bytes] | None:
+        state = self._state
+        found = runtime_handlers.pull_messages(asked, state, task)
+        if not found.messages_list:
+            return None
+
+        def content(object_id: str) -> bytes:
+            return state.get_object(task.run_id, object_id) or b""
+
+        contents = _within_limit(_objects(found.message_object_trees), content)
+        return chain([found.SerializeToString()], contents)
+
+    # --- waiting -------------------------------------------------------------------------------------
+
+    async def _awaited(
+        self,
+        request: Request,
+        name: str,
+        look: Callable[[], Awaitable[Iterable[bytes] | None]],
+        wait_s: float,
+        again_s: float,
+    ) -> Iterable[bytes]:
+        """Return what `look` finds, looking whenever a bell rings, or an empty batch when time is up."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + wait_s
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            with self._bells.listening(name) as bell:
+                while not gone.done():
+                    bell.clear()
+                    found = await look()
+                    left_s = min(deadline - clock(), again_s)
+                    if found is not None or left_s <= 0:
+                        return () if found is None else found
+                    rung = asyncio.ensure_future(bell.wait())
+                    await asyncio.wait({rung, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                    rung.cancel()
+        finally:
+            gone.cancel()
+            with suppress(asyncio.CancelledError):
+                await gone
+        return ()
+
+
+def _answered_by(handler: Handler) -> Callable[[Any], Awaitable[Response]]:
+    async def call(request: Any) -> Response:
+        try:
+            answer = await handler(request)
+        except (DecodeError, EncodingInvalid, UnicodeDecodeError):
+            raise HTTPException(400, "Invalid batch") from None
+        return StreamingResponse(_pieces(answer), media_type=_PROTOBUF)
+
+    return call
+
+
+async def _pieces(items: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """Yield a batch piece by piece; each item is made in a thread, when the one before was sent."""
+    remaining = iter(items)
+    while (item := await asyncio.to_thread(next, remaining, None)) is not None:
+        yield item_head(item)
+        yield item
+
+
+async def _items(request: Request) -> AsyncIterator[bytes]:
+    """Yield the items of a request's batch as they arrive, so that one of them is in memory.
+
+    Raises:
+        EncodingInvalid: The body is no batch.
+    """
+    waiting, total = bytearray(), 0
+    async for chunk in request.stream():
+        waiting += chunk
+        total += len(chunk)
+        if total > MAX_BATCH_BYTES:
+            raise HTTPException(413, "Batch too long")
+        while (length := first_length(waiting)) is not None:
+            item = bytes(memoryview(waiting)[length.start : length.stop])
+            del waiting[: length.stop]
+            yield item
+    if waiting:
+        raise EncodingInvalid("a batch is cut off")
+
+
+async def _next(items: AsyncIterator[bytes]) -> bytes:
+    item = await anext(items, None)
+    if item is None:
+        raise EncodingInvalid("a batch lacks an item")
+    return item
+
+
+async def _batch(request: Request, at_least: int = 0) -> list[bytes]:
+    """Read a request's batch as a whole; only for small ones."""
+    items = [item async for item in _items(request)]
+    if len(items) < at_least:
+        raise EncodingInvalid("a batch lacks an item")
+    return items
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the peer of a request that was read to its end has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+def _bell_of(node_id: int) -> str:
+    return f"node {node_id}"
+
+
+def _objects(trees: Iterable[Any]) -> list[str]:
+    return [item.object_id for tree in trees for item in iterate_object_tree(tree)]
+
+
+def _within_limit(identifiers: Iterable[str], content: Callable[[str], bytes]) -> Iterator[bytes]:
+    """Yield the content of objects, and an empty one for each that is not there or does not fit."""
+    left = INLINE_BYTES
+    for identifier in identifiers:
+        found = content(identifier) if left > 0 else b""
+        left -= len(found)
+        yield found if left >= 0 else b""
+
+
+async def _store_wanted(
+    wanted: Any, contents: AsyncIterator[bytes], store: Callable[[str, bytes], bool]
+) -> None:
+    """Store objects that Flower asked for as they arrive, and take them off its list."""
+
+    def keep(content: bytes) -> None:
+        object_id = get_object_id(content)
+        if object_id in wanted and store(object_id, content):
+            wanted.remove(object_id)
+
+    async for content in contents:
+        await asyncio.to_thread(keep, content)

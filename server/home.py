@@ -1,0 +1,20 @@
+"""The coordinator's home folder.
+
+Layout::
+
+    identity/        its certificate, its sealed key, the authority, the revocation list
+    operator/        identity of the operator of this machine
+    members/         transport and signing certificates of the owners
+    runs/            one folder per run
+    log/             the log of acts, see `crypto.auditlog`
+    control.sock     where operators connect while it runs
+    addresses.json   where owners connect while it runs
+"""
+
+from typing import Final
+
+IDENTITY: Final = "identity"
+OPERATOR: Final = "operator"
+MEMBERS: Final = "members"
+RUNS: Final = "runs"
+ADDRESSES: Final = "addresses.json"
