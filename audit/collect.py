@@ -34,9 +34,9 @@ from protocol.errors import ReportInvalid
 from protocol.evaluation import promised_loss
 from protocol.messages import LedgerHead, Signed
 from protocol.plan import Plan
+from server.home import IDENTITY, MEMBERS
 from server.release import PRIVATE
 from server.store import RunStore
-from server.home import IDENTITY, MEMBERS
 
 PACKAGES = (
     "fedseal",

@@ -17,10 +17,12 @@ FLOWER_ENVIRONMENT: Final = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
     "FLWR_LOG_LEVEL": "WARNING",
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(1024 * 1024),
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
 }
-"""Nothing is reported, looked up or installed at run time, and the libraries stay quiet."""
+"""Nothing is reported, looked up or installed at run time, the libraries stay quiet, and what is large
+moves in small pieces: the coordinator holds a piece of every message that is on its way."""
 
 _MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(1024 * 1024), "MALLOC_ARENA_MAX": "2"}
 _M_MMAP_THRESHOLD: Final = -3

@@ -16,7 +16,7 @@ from flwr.common.constant import SType
 
 from protocol.errors import EncodingInvalid
 
-LARGE_BLOB_BYTES: Final = 4 * 1024 * 1024
+LARGE_BLOB_BYTES: Final = 1024 * 1024
 _RECORD: Final = "fedseal"
 _ARRAYS: Final = "fedseal-blob"
 

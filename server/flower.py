@@ -28,7 +28,7 @@ PULL_BACKOFF_S = 0.02
 
 _SUPERLINK_NODE = 1
 _ONE = 1
-"""Large objects are moved one after the other: each is copied several times on its way through a process."""
+"""Large objects are moved one after the other: each is copied several times on its way."""
 
 
 @dataclass(frozen=True)

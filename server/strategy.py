@@ -17,10 +17,8 @@ from crypto.trust import Trust
 from protocol.errors import (
     FedsealError,
     ProtocolViolation,
-    QuorumNotMet,
     RunFailed,
     RunInterrupted,
-    ServerUnavailable,
 )
 from protocol.evaluation import Estimate, run_epsilon
 from protocol.messages import CloseReply, CloseRequest, Purpose, Statement
@@ -289,5 +287,5 @@ class SealStrategy(Strategy):
 
 
 def paused_or_failed(error: FedsealError) -> str:
-    """Return the state of a run that an error ended: it can go on later, or it cannot."""
-    return "paused" if isinstance(error, QuorumNotMet | ServerUnavailable | RunInterrupted) else "failed"
+    """Return the state of a run that an error ended; going on after any other than a final one is safe."""
+    return "failed" if isinstance(error, RunFailed) else "paused"

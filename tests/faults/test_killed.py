@@ -7,6 +7,7 @@ bit, the one that an undisturbed run with the same lists of owners has.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def killing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killing]:
     for owner in made.owners:
         allow_exact_plan(owner)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(KILLER))
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(KILLER), str(KILLER.parents[2]))))
         patch.setenv("FEDSEAL_TEST_KILL", str(orders))
         with federation_of(made) as real:
             yield Killing(real, orders)

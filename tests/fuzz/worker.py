@@ -1,8 +1,8 @@
 """Feeds mutated inputs to one group of decoders, in a process of its own with bounded memory and time.
 
-``python -m tests.fuzz.worker GROUP COUNT SEED PROGRESS`` prints a JSON summary. An input that takes too much
-processor time, or ends the process, is named by the file PROGRESS: input N of a group and seed is the same
-in every process.
+``python -m tests.fuzz.worker GROUP COUNT SEED PROGRESS`` prints a JSON summary. An input that takes too
+much processor time, or ends the process, is named by the file PROGRESS: input N of a group and seed is the
+same in every process.
 """
 
 from __future__ import annotations

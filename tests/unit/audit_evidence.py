@@ -36,9 +36,7 @@ def credentials() -> tuple[list[dict[str, Any]], dict[str, OwnerCredentials]]:
     """Descriptions of all certificates, and the owners' keys by name."""
     authority = create_authority("Example Federation CA", 900, START - timedelta(days=30))
     server = server_of(authority, ["localhost"], days=200, now=START - timedelta(days=20))
-    owners = {
-        name: owner_of(authority, name, days=200, now=START - timedelta(days=20)) for name in OWNERS
-    }
+    owners = {name: owner_of(authority, name, days=200, now=START - timedelta(days=20)) for name in OWNERS}
     listed = [authority.certificate, server.certificate]
     for owner in owners.values():
         listed += [owner.transport_certificate, owner.signing_certificate]

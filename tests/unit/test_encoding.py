@@ -186,3 +186,15 @@ def test_the_published_vectors_are_reproduced() -> None:
     for text in vectors["refused"]:
         with pytest.raises(EncodingInvalid):
             decode(text.encode())
+
+
+@pytest.mark.parametrize("codes", [[0xD800], [0xDFFF], [0x61, 0xDC00], [0xD83D, 0xD83D]])
+def test_half_a_surrogate_pair_is_no_text(codes: list[int]) -> None:
+    """It has bytes in JSON and nowhere else: whoever wrote it down would stop with an error of its own."""
+    half = "".join(map(chr, codes))
+    for value in (half, {half: 1}, [[half]]):
+        with pytest.raises(EncodingInvalid):
+            encode(value)
+        with pytest.raises(EncodingInvalid):
+            decode(json.dumps(value, separators=(",", ":")).encode())
+    assert decode(encode("\U0001f600 \\ud800")) == "\U0001f600 \\ud800"
