@@ -34,7 +34,7 @@ from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 from google.protobuf.message import DecodeError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from protocol.batches import (
@@ -310,6 +310,9 @@ def _answered_by(handler: Handler) -> Callable[[Any], Awaitable[Response]]:
             answer = await handler(request)
         except (DecodeError, EncodingInvalid, UnicodeDecodeError):
             raise HTTPException(400, "Invalid batch") from None
+        except ClientDisconnect:
+            # a peer that goes away in the middle of a request is no fault of this process
+            raise HTTPException(400, "Disconnected") from None
         return StreamingResponse(_pieces(answer), media_type=_PROTOBUF)
 
     return call

@@ -29,6 +29,9 @@ from server.store import RunStore
 from server.submit import read_addresses, submit
 from tasks.registry import task_for
 
+pytestmark = pytest.mark.long
+"""Real time limits, which a busy machine breaks; `make test-long` runs them."""
+
 KILLER = Path(__file__).parent / "killer"
 VICTIM = "owner-2"
 OWNER_STEPS = (*owner_steps(lambda _one: True), "half the frames sent", "sent")

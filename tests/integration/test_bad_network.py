@@ -14,6 +14,9 @@ from tcp_proxy import CALM, Weather
 from protocol.plan import Plan
 from server.store import RunStore
 
+pytestmark = pytest.mark.long
+"""Real time limits, which a busy machine breaks; `make test-long` runs them."""
+
 OWNERS = ("owner-1", "owner-2", "owner-3")
 
 

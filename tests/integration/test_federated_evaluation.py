@@ -31,6 +31,7 @@ from protocol.evaluation import evaluation_epsilon, run_epsilon
 from protocol.messages import Opening, Signed, Statement
 from scenarios.simulate import Simulation, federate
 from server.exchange import Exchanger, Reply
+from server.openings import OpeningExchange
 from server.rounds import RoundRunner
 from tasks.images import unflatten
 from tasks.partition import digits
@@ -441,14 +442,14 @@ def test_a_run_goes_on_where_no_evaluation_succeeds(
     four: Simulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The owners' answers are lost: they opened the counts, and open no other counts of that model."""
-    original = RoundRunner._opening
+    original = OpeningExchange._opening
 
-    def deaf(runner: RoundRunner, attempt: Any, member: Any, parameters: int, reply: Reply) -> Signed:
+    def deaf(exchange: OpeningExchange, attempt: Any, member: Any, parameters: int, reply: Reply) -> Signed:
         if attempt.purpose == "evaluate":
             raise FrameInvalid("lost on the way")
-        return original(runner, attempt, member, parameters, reply)
+        return original(exchange, attempt, member, parameters, reply)
 
-    monkeypatch.setattr(RoundRunner, "_opening", deaf)
+    monkeypatch.setattr(OpeningExchange, "_opening", deaf)
     four.run()
     assert four.store.get("state") == "finished"
     assert made(four) == [

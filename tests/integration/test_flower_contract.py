@@ -7,10 +7,10 @@ assumption of `server.flower` or `client.flower` has to be thought over.
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import inspect
 import sys
-import typing
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -26,8 +26,9 @@ import server.flower
 from crypto.authority import create_authority
 from protocol.environment import FLOWER_ENVIRONMENT
 from protocol.records import LARGE_BLOB_BYTES, from_record, to_record
-from server.flower import SuperLinkOptions, pull, set_identity, superlink_app
+from server.flower import SuperLinkOptions, set_identity, superlink_app
 from server.flower_control import _bundle
+from server.flower_objects import ON_DISK_BYTES, DiskObjectStore
 from tests.credentials import server_of
 
 ROOT = Path(flwr.__file__).parent
@@ -184,43 +185,115 @@ def test_grid_is_the_http_grid_of_the_installed_version() -> None:
     assert issubclass(grid, flwr.serverapp.Grid)
 
 
-def test_grid_pulls_objects_by_the_name_in_its_module() -> None:
-    tree = ast.parse(source("flwr.superlink.grid.http_grid"))
-    pulls = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    body = next(node for node in pulls if node.name == "pull_messages")
-    calls = [node.func.id for node in ast.walk(body) if isinstance(node, ast.Call) and _is_name(node)]
-    assert "pull_objects" in calls, "HttpGrid.pull_messages does not call the module's pull_objects"
+def test_grid_keeps_the_client_that_batches_are_sent_by() -> None:
+    text = source("flwr.superlink.grid.http_grid")
+    assert "def _runtime_client(self)" in text, "HttpGrid has no _runtime_client any more"
+    client = member("flwr.supercore.protobuf.client", "ProtobufClient")
+    kinds = inspect.signature(client._unary_unary).parameters
+    for name in ("path", "rpc_method", "request", "response_type"):
+        assert kinds[name].kind is inspect.Parameter.KEYWORD_ONLY, f"_unary_unary has no {name} any more"
+    for name in ("SerializeToString(deterministic=True)", "response_type()", ".ParseFromString("):
+        assert name in inspect.getsource(client._unary_unary), "a request need be more than its bytes"
 
 
-def _is_name(node: ast.Call) -> bool:
-    return isinstance(node.func, ast.Name)
+def test_messages_get_their_id_from_their_content() -> None:
+    text = source("flwr.superlink.grid.http_grid")
+    assert 'msg.metadata.__dict__["_message_id"] = msg.object_id' in text
+    assert "with no_object_id_recompute():" in text
 
 
-def test_waits_of_pulling_are_keyword_arguments() -> None:
-    pull_objects = member("flwr.supercore.inflatable.inflatable_utils", "pull_objects")
-    kinds = {name: item.kind for name, item in inspect.signature(pull_objects).parameters.items()}
-    for name in ("initial_backoff", "backoff_cap"):
-        assert kinds.get(name) is inspect.Parameter.KEYWORD_ONLY, f"pull_objects has no {name} any more"
-    assert "pull_object_fn" in kinds
+def test_own_processes_are_the_superlink_node() -> None:
+    assert member("flwr.common.constant", "SUPERLINK_NODE_ID") == server.flower._SUPERLINK_NODE
 
 
-def test_quick_pull_shortens_the_waits_and_is_put_in_place_once() -> None:
-    grid_module = module("flwr.superlink.grid.http_grid")
-    seen: list[dict[str, Any]] = []
+def test_waits_of_moving_objects_are_keyword_arguments() -> None:
+    utils = "flwr.supercore.inflatable.inflatable_utils"
+    pulls = inspect.signature(member(utils, "pull_objects")).parameters
+    for name in ("initial_backoff", "backoff_cap", "max_concurrent_pulls"):
+        assert pulls[name].kind is inspect.Parameter.KEYWORD_ONLY, f"pull_objects has no {name} any more"
+    assert list(pulls)[:2] == ["object_ids", "pull_object_fn"]
+    assert "max_concurrent_pushes" in parameters(member(utils, "push_objects"))
 
-    class Grid:
-        def pull_messages(self, message_ids: set[str]) -> list[Any]:
-            grid_module.pull_objects([], pull_object_fn=lambda _key: b"")
-            return []
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid_module, "pull_objects", lambda *_a, **options: seen.append(options))
-        pull(typing.cast(Any, Grid()), {"a"})
-        once = grid_module.pull_objects
-        pull(typing.cast(Any, Grid()), {"a"})
-        assert grid_module.pull_objects is once
-    assert len(seen) == 2
-    assert all(options["initial_backoff"] == server.flower.PULL_BACKOFF_S for options in seen)
+def test_runtime_ignores_the_run_that_an_object_request_names() -> None:
+    for name in ("push_object", "pull_object", "confirm_message_received"):
+        handler = member("flwr.superlink.servicer.runtime.runtime_handlers", name)
+        assert parameters(handler) == ["request", "state", "task"]
+        assert "request.run_id" not in inspect.getsource(handler), f"{name} needs the run's id"
+
+
+def test_handlers_take_request_and_state() -> None:
+    fleet = "flwr.superlink.servicer.fleet.fleet_handlers"
+    assert parameters(member(fleet, "push_messages")) == ["request", "state"]
+    for name in ("pull_messages", "confirm_message_received"):
+        assert parameters(member(fleet, name)) == ["request", "state", "store"]
+    runtime = "flwr.superlink.servicer.runtime.runtime_handlers"
+    for name in ("push_messages", "pull_messages"):
+        assert parameters(member(runtime, name)) == ["request", "state", "task"]
+
+
+def test_fleet_handlers_do_no_more_with_objects_than_batches_do() -> None:
+    """Batches keep and hand out objects themselves; a check that Flower adds must be added there."""
+    fleet = "flwr.superlink.servicer.fleet.fleet_handlers"
+    for name, calls in (
+        ("push_object", {"check_abort", "state.store_object", "state.store_traffic"}),
+        ("pull_object", {"check_abort", "state.get_object", "state.store_traffic"}),
+    ):
+        tree = ast.parse(inspect.getsource(member(fleet, name)))
+        made = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        others = {call for call in made if call.split(".")[0] in ("state", "check_abort")} - calls
+        assert not others, f"{name} does {others} too"
+
+
+def test_node_and_task_are_authenticated_by_the_functions_that_batches_call() -> None:
+    node = member("flwr.superlink.routers.fleet.node_auth", "authenticate_node")
+    assert parameters(node) == ["request"]
+    assert "request.state.protobuf_request" in inspect.getsource(node)
+    task = member("flwr.supercore.dependencies.task", "authenticate_task")
+    assert parameters(task) == ["request", "token", "state"]
+    translator = member("flwr.supercore.error", "http_error_translator")
+    assert parameters(translator) == ["request", "call_next"]
+
+
+def test_link_state_has_what_batches_call() -> None:
+    state = member("flwr.server.superlink.linkstate.in_memory_linkstate", "InMemoryLinkState")
+    for name in ("get_node_id_by_public_key", "store_object", "get_object", "store_traffic"):
+        assert callable(getattr(state, name, None)), f"the link state has no {name} any more"
+    assert parameters(state.store_object) == ["self", "run_id", "session_id", "object_id", "object_content"]
+    assert parameters(state.get_object) == ["self", "run_id", "object_id"]
+
+
+def test_object_store_is_built_by_the_name_in_its_module() -> None:
+    text = source("flwr.supercore.object_store.object_store_factory")
+    assert "self.store_instance = InMemoryObjectStore()" in text, "objects on disk are not put in place"
+
+
+def test_large_objects_lie_on_disk_and_go_with_their_message(tmp_path: Path) -> None:
+    """Flower's own store, asked as Flower asks it; an object is a text with a head and a body."""
+    folder = tmp_path / "objects"
+    store = DiskObjectStore(folder)
+    large = b"ArrayChunk  %d\0" % ON_DISK_BYTES + bytes(ON_DISK_BYTES)
+    small = b"ArrayChunk  3\0abc"
+    keys = [hashlib.sha256(content).hexdigest() for content in (large, small)]
+    parent = b"ArrayRecord %s 0\0" % ",".join(keys).encode()
+    root = hashlib.sha256(parent).hexdigest()
+    tree_type = member("flwr.proto.message_pb2", "ObjectTree")
+    tree = tree_type(object_id=root, children=[tree_type(object_id=key) for key in keys])
+    assert set(store.preregister(1, tree)) == {root, *keys}
+    assert store.get(keys[0]) == b"", "announced, and not there yet"
+    for content, key in ((large, keys[0]), (small, keys[1]), (parent, root)):
+        store.put(key, content)
+        store.put(key, content)
+    assert [store.get(key) for key in keys] == [large, small]
+    assert [file.name for file in folder.iterdir()] == [keys[0]]
+    assert (folder / keys[0]).stat().st_mode & 0o777 == 0o600
+    assert folder.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(ValueError, match="does not match"):
+        store.put(keys[0], small)
+    store.delete(root)
+    assert list(folder.iterdir()) == []
+    assert store.get(keys[0]) is None
+    DiskObjectStore(folder)
 
 
 def test_nodes_are_listed_with_the_time_of_their_activation() -> None:

@@ -123,6 +123,8 @@ def leaky(tmp_path_factory: pytest.TempPathFactory) -> Leaky:
     )
     log, output = Talkative(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
+        # handlers that tests of the command line left in this process write to streams that are closed
+        patch.setattr(logging.getLogger("fedseal"), "handlers", [])
         patch.setattr(tempfile, "tempdir", str(temporary))
         patch.setattr(sys, "stderr", output)
         patch.setattr(sys, "stdout", output)
