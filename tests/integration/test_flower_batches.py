@@ -7,8 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -190,10 +188,7 @@ def test_flowers_own_requests_are_served_beside_batches(
     assert not PullMessagesResponse.FromString(answer.content).messages_list
 
 
-def test_a_run_leaves_no_object_and_no_frame_on_the_coordinators_disk(
-    real: RealFederation, tmp_path: Path, request: Any
-) -> None:
-    del tmp_path, request
+def test_the_folder_of_objects_in_transit_is_the_coordinators_alone(real: RealFederation) -> None:
     folder = real.home / "flower" / "objects"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert list(folder.iterdir()) == []
