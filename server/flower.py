@@ -30,6 +30,9 @@ _SUPERLINK_NODE = 1
 _ONE = 1
 """Large objects are moved one after the other: each is copied several times on its way."""
 
+_TRIES = 8
+"""Looks for an object that is still being sent: about two seconds, with the waits between them."""
+
 
 @dataclass(frozen=True)
 class SuperLinkOptions:
@@ -177,11 +180,21 @@ class ReplyPuller:
             keys = [item.object_id for item in iterate_object_tree(tree)]
             batches.append((message, {key: next(contents) for key in keys}))
         del answer, contents
+        tries = _TRIES if wait_s > 0 else 1
         while batches:
             message, held = batches.pop(0)
-            yield self._inflated(client, message, held)
+            full = self._inflated(client, message, held, tries)
+            if full is not None:
+                yield full
 
-    def _inflated(self, client: Any, message: Any, contents: dict[str, bytes]) -> Message:
+    def _inflated(
+        self, client: Any, message: Any, contents: dict[str, bytes], tries: int
+    ) -> Message | None:
+        """Return a reply with its content; None if an object does not come, to be pulled again later.
+
+        A node that dies while it sends leaves a reply whose objects never come. Flower would wait for
+        them for many minutes, and no deadline of an exchange would hold.
+        """
         from flwr.proto.node_pb2 import Node
         from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
         from flwr.supercore.inflatable.inflatable_utils import (
@@ -199,12 +212,13 @@ class ReplyPuller:
                     missing,
                     pull_object,
                     max_concurrent_pulls=_ONE,
+                    max_tries_per_object=tries,
                     initial_backoff=PULL_BACKOFF_S,
                     backoff_cap=1.0,
                 )
             )
         except ObjectPullError:
-            return _unavailable(message)
+            return None
         self._received.append(identifier)
         try:
             full = inflate_object_from_contents(identifier, contents)
@@ -214,19 +228,14 @@ class ReplyPuller:
         return full if isinstance(full, Message) else _standing_for(message, EncodingInvalid.code)
 
 
-def _unavailable(message: Any) -> Message:
-    """Return the error reply that stands for one whose objects never came."""
-    return _standing_for(message, None)
-
-
-def _standing_for(message: Any, code: str | None) -> Message:
+def _standing_for(message: Any, code: str) -> Message:
+    """Return the error reply that stands for one that cannot be read."""
     from flwr.app.message import make_message
     from flwr.common.constant import ErrorCode
     from flwr.common.serde import message_from_proto
 
     metadata = message_from_proto(message).metadata
-    kind = ErrorCode.MESSAGE_UNAVAILABLE if code is None else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-    return make_message(metadata=metadata, error=Error(kind, code or ""))
+    return make_message(metadata=metadata, error=Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, code))
 
 
 def _asked(client: Any, path: str, items: Iterable[bytes]) -> bytes:

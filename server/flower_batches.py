@@ -17,7 +17,7 @@ import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain
 from typing import Any, Final
 
@@ -49,6 +49,7 @@ from protocol.batches import (
     item_head,
 )
 from protocol.errors import EncodingInvalid
+from server.bells import Bells
 
 _PROTOBUF: Final = "application/protobuf"
 _ACTIVATE_PATH: Final = "/v1/fleet/activate-node"
@@ -59,31 +60,6 @@ _REPLIES: Final = "replies"
 
 Handler = Callable[[Request], Awaitable[Iterable[bytes]]]
 """Answers a request by the items of a batch, which are made while they are sent."""
-
-
-class Bells:
-    """Wakes who waits for something, in one event loop."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[str, set[asyncio.Event]] = {}
-
-    def ring(self, name: str) -> None:
-        """Wake everyone who waits for this name."""
-        for event in self._waiting.get(name, ()):
-            event.set()
-
-    @contextmanager
-    def listening(self, name: str) -> Iterator[asyncio.Event]:
-        """Yield an event that is set whenever the name is rung."""
-        event = asyncio.Event()
-        listeners = self._waiting.setdefault(name, set())
-        listeners.add(event)
-        try:
-            yield event
-        finally:
-            listeners.discard(event)
-            if not listeners:
-                self._waiting.pop(name, None)
 
 
 class Batches:
@@ -100,6 +76,7 @@ class Batches:
         self._app = app
         self._bells = Bells()
         self._newest: dict[int, object] = {}
+        self._closing = False
         self._fleet: dict[str, Handler] = {RECEIVE_PATH: self._receive, ANSWER_PATH: self._answer}
         self._runtime: dict[str, Handler] = {PULL_PATH: self._pull, PUSH_PATH: self._push}
 
@@ -115,6 +92,11 @@ class Batches:
     async def runtime(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Serve what this machine's own processes may ask, as an ASGI app."""
         await self._serve(self._runtime, scope, receive, send)
+
+    def close(self) -> None:
+        """Let nobody wait any longer, because the listeners end."""
+        self._closing = True
+        self._bells.ring_all()
 
     @property
     def _state(self) -> Any:
@@ -288,7 +270,7 @@ class Batches:
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             with self._bells.listening(name) as bell:
-                while not gone.done():
+                while not gone.done() and not self._closing:
                     bell.clear()
                     found = await look()
                     left_s = min(deadline - clock(), again_s)

@@ -45,6 +45,7 @@ from server.limits import Bounded, PatientLoop, allow_many_files, refuse
 _LOG = logging.getLogger("fedseal.server")
 _DENIED = {"/v1/fleet/register-node", "/v1/fleet/unregister-node"}
 _WATCH_S = 1.0
+_EXIT_CHECK_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,23 @@ async def _serve(
         if ready is not None and owners.started:
             ready()
         watch = asyncio.create_task(_watch(coordinator, members, [owners, operators]))
+        ending = asyncio.create_task(_end_waiting([private, operators, owners], batches))
         await asyncio.wait([*tasks, watch], return_when=asyncio.FIRST_COMPLETED)
         watch.cancel()
+        ending.cancel()
         for server in (private, operators, owners):
             server.should_exit = True
         await asyncio.gather(*tasks, return_exceptions=True)
         flower.close()
         if watch.done() and not watch.cancelled():
             watch.result()
+
+
+async def _end_waiting(servers: list[uvicorn.Server], batches: Batches) -> None:
+    """Answer requests that wait for messages as soon as a listener is told to end, which waits for them."""
+    while not any(server.should_exit for server in servers):
+        await asyncio.sleep(_EXIT_CHECK_S)
+    batches.close()
 
 
 async def _started(server: uvicorn.Server, tasks: list[asyncio.Task[None]]) -> None:

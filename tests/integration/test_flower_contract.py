@@ -373,6 +373,15 @@ def test_fleet_client_takes_a_tls_context() -> None:
     assert parameters(client.from_server_address) == expected
 
 
+def test_fleet_client_sends_by_the_http_client_that_is_replaced() -> None:
+    """By one that keeps connections while an owner trains."""
+    client = inspect.getsource(member("flwr.supercore.protobuf.client", "ProtobufClient"))
+    assert "self._client = httpx.Client(" in client
+    assert client.count("httpx.Client(") == 1
+    assert "self._client.send(" in client
+    assert "follow_redirects=True" in client, "the replaced client follows no redirects; was that needed?"
+
+
 def test_fleet_connection_gives_up_by_the_name_in_its_module() -> None:
     assert "flwr_exit(" in source(FLEET), "a refused connection ends in another way than by flwr_exit"
     exit_source = inspect.getsource(member(FLEET, "flwr_exit"))

@@ -1,4 +1,4 @@
-"""Large models: parts end to end, and the coordinator's memory, which the number of owners does not move."""
+"""Large models in parts, end to end; training is replaced by constants."""
 
 from __future__ import annotations
 

@@ -126,6 +126,7 @@ def test_report_verifies_and_is_inconclusive(real: RealFederation, concluded: Co
 
 def test_second_run_continues_every_ledger(real: RealFederation, first: RunStore, second: RunStore) -> None:
     assert second.get("state") == "finished", real.logs()
+    assert [facts["reason"] for facts in second.attempts()] == [None, None], real.logs()
     costs = [epsilon_after(store.plan(), 2) or math.nan for store in (first, second)]
     before, after = _facts_by_name(first), _facts_by_name(second)
     for name in OWNERS:

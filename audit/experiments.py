@@ -1,0 +1,234 @@
+"""What experiments found: tests of the mechanism, lower bounds, attacks and searches for planted markers.
+
+Where `audit.evidence` holds what a run left behind, this holds what was tried on purpose: on the code that
+owners run, with made-up or public records, never with an owner's own. The experiments are made by
+`audit.mechanism`, `audit.membership`, `audit.inversion` and `audit.markers`; they are judged by the checks,
+from the report alone. A privacy loss without bound is None here and ``"inf"`` in the report.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from audit.evidence import Evidence, Magnitude, Moment, Probability, Text
+from protocol.encoding import Digest
+from protocol.messages import Count
+
+Observer = Literal["update", "wire", "opened sum", "exported model"]
+"""Who looks: the owner's update before encryption, the coordinator's wire, a holder of the key after
+opening, or whoever gets the exported model."""
+
+Depth = Literal["quick", "full"]
+Fraction = Annotated[float, Field(ge=-1, le=1)]
+
+
+class ConformanceTest(Evidence):
+    """One comparison of the mechanism with what the plan says; it fails below `threshold`.
+
+    Attributes:
+        test: Stable name, for example ``noise-scale``.
+        what: What was compared, in plain words.
+        statistic: What was measured.
+        expected: What a correct mechanism gives, in the unit of `statistic`.
+        samples: Numbers that the statistic rests on.
+        p_value: Probability that a correct mechanism deviates at least as much.
+        threshold: Probability of a false alarm that was decided on before.
+    """
+
+    test: Text
+    what: Text
+    statistic: float
+    expected: float
+    samples: Count
+    p_value: Probability
+    threshold: Probability
+
+
+class LowerBound(Evidence):
+    """One empirical lower bound on epsilon, valid with probability `confidence`, beside its control.
+
+    Attributes:
+        method: How the bound was computed.
+        canaries: Made-up examples whose presence was guessed.
+        guesses: Guesses that the bound rests on; `correct` of them were right.
+        epsilon: The bound; an unbounded one is capped by what the method can show at most.
+        claimed: What the same steps cost according to the accountant; None without a guarantee.
+        control: The same bound with the noise off; it must exceed `claimed`, or the audit sees nothing.
+            None where no control can be made for this observer (the wire).
+        detectable: Smallest true epsilon that this audit exposes with probability 0.8, or None.
+        assumption: What the bound rests on, in plain words.
+    """
+
+    method: Literal["one run", "one run, f-DP", "Clopper-Pearson, Gaussian", "Clopper-Pearson, PLD"]
+    observer: Observer
+    canaries: Count
+    guesses: Count
+    correct: Count
+    epsilon: Magnitude
+    delta: Probability
+    confidence: Probability
+    claimed: Magnitude | None
+    control: Magnitude | None
+    detectable: Magnitude | None
+    assumption: Text
+
+
+class MechanismEvidence(Evidence):
+    """What tests of the installed mechanism found, made with the plan's constants and made-up examples.
+
+    Attributes:
+        code_hash: Digest of the source files that the mechanism consists of.
+    """
+
+    plan_hash: Digest
+    code_hash: Digest
+    depth: Depth
+    made_at: Moment
+    conformance: list[ConformanceTest]
+    bounds: list[LowerBound]
+
+
+class Rate(Evidence):
+    """A measured rate with its 95 % interval."""
+
+    value: Probability
+    low: Probability
+    high: Probability
+
+
+class MembershipAttack(Evidence):
+    """One membership inference attack on one model.
+
+    Attributes:
+        model: What was attacked: trained without protection (the control), as the plan says, or the
+            exported package's model.
+        group: All records, or the most exposed ones.
+        auc: Area under the ROC curve; one half is guessing.
+        tpr_at_1_percent: True positive rate where one outsider in a hundred is taken for a member.
+        ceiling_at_1_percent: Largest such rate that the promised guarantee allows; None without one.
+        curve: Points (false positive rate, true positive rate), at most 200.
+    """
+
+    attack: Literal["LiRA", "RMIA", "loss threshold"]
+    model: Literal["without protection", "as planned", "exported"]
+    group: Literal["all records", "most exposed records"]
+    members: Count
+    outsiders: Count
+    shadow_models: Count
+    auc: Probability
+    tpr_at_1_percent: Rate
+    tpr_at_01_percent: Rate
+    ceiling_at_1_percent: Probability | None
+    curve: list[tuple[Probability, Probability]]
+
+
+class InversionAttack(Evidence):
+    """One attempt to rebuild a record from what an observer holds.
+
+    Attributes:
+        attack: Analytic, by optimization, or by a model made for the purpose (imprint).
+        observed: What the attacker was given.
+        batch: Records in the attacked step.
+        rebuilt: Records that came back recognizably (PSNR of at least 20 dB).
+        psnr_db: Peak signal-to-noise ratio of the best rebuilt record, at most 120; None if there is
+            nothing to rebuild from.
+        original_png, rebuilt_png: Small pictures, base64; empty where there is none.
+    """
+
+    attack: Literal["analytic", "optimization", "imprint"]
+    observed: Literal["plain update", "private update", "received by the coordinator"]
+    batch: Count
+    rebuilt: Count
+    psnr_db: Annotated[float, Field(le=120)] | None
+    ssim: Fraction | None
+    original_png: Annotated[str, Field(max_length=20_000)]
+    rebuilt_png: Annotated[str, Field(max_length=20_000)]
+
+
+class MarkerScan(Evidence):
+    """A search for planted values and words in one place, beside the same search with encryption off.
+
+    Attributes:
+        place: Where was searched.
+        searched_bytes: How much was searched.
+        markers: Planted values and words that were searched for, each in several spellings.
+        hits: Markers found; must be zero.
+        control_hits: Markers found where encryption was off; must not be zero. None where this place has
+            no control of its own.
+    """
+
+    place: Literal["wire", "disk", "logs", "reports", "coordinator memory"]
+    searched_bytes: Count
+    markers: Count
+    hits: Count
+    control_hits: Count | None
+
+
+class KeyCustody(Evidence):
+    """Where one secret of an owner or of the coordinator lives, as its holder found it; never the secret.
+
+    Attributes:
+        mode: Access bits of the file as four octal digits; None for what is in memory only.
+    """
+
+    what: Text
+    holder: Text
+    place: Literal["memory", "sealed file"]
+    mode: Annotated[str, Field(pattern=r"^0[0-7]{3}$")] | None
+    encrypted_at_rest: bool
+
+
+class LedgerTable(Evidence):
+    """What an owner's ledger says about one data set: spent and left, over all runs.
+
+    Attributes:
+        spent_epsilon, cap_epsilon: Sum over runs and the policy's cap on it; None without bound or cap.
+        this_run_epsilon: What this run has cost so far.
+        sequence, head: The chain's newest record, which the owner signs.
+    """
+
+    dataset: Text
+    spent_epsilon: Magnitude | None
+    spent_delta: Magnitude
+    cap_epsilon: Magnitude | None
+    cap_delta: Magnitude | None
+    this_run_epsilon: Magnitude | None
+    runs: Count
+    sequence: Count
+    head: Digest
+
+
+class OwnerFindings(Evidence):
+    """What an owner found at its own place and signed: nothing in it is made from its records.
+
+    Attributes:
+        run: The run that it speaks about; None where only a plan is audited.
+        mechanism: Tests of the code that this owner has installed.
+    """
+
+    owner: Text
+    run: Digest | None
+    mechanism: MechanismEvidence
+    custody: list[KeyCustody]
+    ledger: LedgerTable | None
+
+
+class LabEvidence(Evidence):
+    """All experiments of one audit that were made at the auditor's place.
+
+    Attributes:
+        ciphertexts, ciphertexts_repeated: Encrypted frames that the coordinator received, and how many of
+            them had been received before.
+        seconds: Wall-clock seconds of the whole audit.
+    """
+
+    depth: Depth
+    mechanism: MechanismEvidence
+    membership: list[MembershipAttack]
+    inversion: list[InversionAttack]
+    markers: list[MarkerScan]
+    ciphertexts: Count
+    ciphertexts_repeated: Count
+    seconds: Magnitude
