@@ -42,6 +42,7 @@ from protocol.batches import (
     INLINE_BYTES,
     LONGEST_WAIT_S,
     MAX_BATCH_BYTES,
+    MAX_ITEMS,
     PULL_PATH,
     PUSH_PATH,
     RECEIVE_PATH,
@@ -314,7 +315,7 @@ async def _items(request: Request) -> AsyncIterator[bytes]:
     Raises:
         EncodingInvalid: The body is no batch.
     """
-    waiting, total = bytearray(), 0
+    waiting, total, count = bytearray(), 0, 0
     async for chunk in request.stream():
         waiting += chunk
         total += len(chunk)
@@ -323,6 +324,9 @@ async def _items(request: Request) -> AsyncIterator[bytes]:
         while (length := first_length(waiting)) is not None:
             item = bytes(memoryview(waiting)[length.start : length.stop])
             del waiting[: length.stop]
+            count += 1
+            if count > MAX_ITEMS:
+                raise EncodingInvalid("a batch has too many items")
             yield item
     if waiting:
         raise EncodingInvalid("a batch is cut off")

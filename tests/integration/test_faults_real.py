@@ -171,4 +171,5 @@ def test_every_process_ends_cleanly_when_it_is_asked_to(
     wait_until(lambda: not four.processes.pids(), 60, f"the end of {asked}")
     for name in asked:
         assert four.processes.ended()[name] == 0, four.log(name)
+        assert "Traceback" not in four.log(name)
     assert not list(four.home.glob("addresses.json"))
