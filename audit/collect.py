@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import stat
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from audit.evidence import (
     CertificateEvidence,
     ClaimEvidence,
     EncryptionEvidence,
-    EnvironmentEvidence,
     KeyEvidence,
     OwnerEvidence,
     PhaseSeconds,
@@ -25,6 +22,7 @@ from audit.evidence import (
     TlsEvidence,
     TranscriptEntry,
 )
+from audit.inventory import environment
 from crypto.agreement import signed_hash
 from crypto.certificates import describe
 from crypto.presets import packing_for
@@ -37,20 +35,6 @@ from protocol.plan import Plan
 from server.home import IDENTITY, MEMBERS
 from server.release import PRIVATE
 from server.store import RunStore
-
-PACKAGES = (
-    "fedseal",
-    "flwr",
-    "torch",
-    "opacus",
-    "tenseal",
-    "cryptography",
-    "dp-accounting",
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "safetensors",
-)
 
 
 def collect(store: RunStore, home: Path, deployment: dict[str, Any] | None) -> RunEvidence:
@@ -94,11 +78,7 @@ def collect(store: RunStore, home: Path, deployment: dict[str, Any] | None) -> R
         server_has_secret_key=bool(store.get("loaded_secret_modules", ["unknown"])),
         listening=[Socket.from_fields(row) for row in store.get("listening", [])],
         deployment=deployment,
-        environment=EnvironmentEvidence(
-            python=platform.python_version(),
-            platform=platform.platform(),
-            packages={name: importlib.metadata.version(name) for name in PACKAGES},
-        ),
+        environment=environment(),
     )
 
 

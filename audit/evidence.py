@@ -314,12 +314,20 @@ class Socket(Evidence):
     purpose: Text
 
 
+class Package(Evidence):
+    """One installed distribution; `licence` is None where it does not name one."""
+
+    name: Text
+    version: Text
+    licence: Text | None
+
+
 class EnvironmentEvidence(Evidence):
-    """Versions of what ran on the coordinator's machine."""
+    """Everything that was installed where the report's figures were made; a bill of materials."""
 
     python: Text
     platform: Text
-    packages: dict[Text, Text]
+    packages: list[Package]
 
 
 class RunEvidence(Evidence):
@@ -334,6 +342,7 @@ class RunEvidence(Evidence):
         model_hash: Hash of the model after the last finished round.
         server_has_secret_key: A decryption key was found in the coordinator's process.
         deployment: What building the deployable model returned; None when none was built.
+        kind: Whether owners ran on machines of their own, or all in one simulated federation.
     """
 
     run: Digest
@@ -360,6 +369,7 @@ class RunEvidence(Evidence):
     listening: list[Socket]
     deployment: dict[str, Json] | None
     environment: EnvironmentEvidence
+    kind: Literal["deployment", "simulation"] = "deployment"
 
 
 def flatten(value: Any, pointer: str = "") -> list[dict[str, Any]]:

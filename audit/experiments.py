@@ -8,7 +8,7 @@ from the report alone. A privacy loss without bound is None here and ``"inf"`` i
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,16 @@ opening, or whoever gets the exported model."""
 
 Depth = Literal["quick", "full"]
 Fraction = Annotated[float, Field(ge=-1, le=1)]
+
+FINDINGS_KIND: Final = "owner-findings"
+"""Kind under which an owner signs its `OwnerFindings`."""
+
+REQUIRED_TESTS: Final = {
+    "noise": ("noise-scale", "noise-distribution", "noise-lag-correlation", "noise-owner-correlation"),
+    "sampling": ("participation-mean", "participation-dispersion"),
+    "always": ("clip-norm", "divisor", "dataset-size"),
+}
+"""Tests without which the mechanism counts as untested: with noise, with sampling of records, in any case."""
 
 
 class ConformanceTest(Evidence):
@@ -55,8 +65,9 @@ class LowerBound(Evidence):
         guesses: Guesses that the bound rests on; `correct` of them were right.
         epsilon: The bound; an unbounded one is capped by what the method can show at most.
         claimed: What the same steps cost according to the accountant; None without a guarantee.
-        control: The same bound with the noise off; it must exceed `claimed`, or the audit sees nothing.
-            None where no control can be made for this observer (the wire).
+        control: The same bound with the noise off, capped by what so few canaries can show. A method whose
+            control does not exceed `claimed` sees nothing; each observer needs one method that does. None
+            where no control can be made (the wire, and plans without noise).
         detectable: Smallest true epsilon that this audit exposes with probability 0.8, or None.
         assumption: What the bound rests on, in plain words.
     """

@@ -113,6 +113,15 @@ def open_secret(path: Path, passphrase: bytes) -> bytes:
         raise SecretUnavailable(f"{path.name}: wrong passphrase, or the file is damaged") from None
 
 
+def is_sealed(path: Path) -> bool:
+    """Tell whether a file has the form that `seal_secret` writes and is closed to group and others."""
+    try:
+        _parse_container(path.name, _read_private(path))
+    except SecretUnavailable:
+        return False
+    return True
+
+
 def write_private(path: Path, data: bytes) -> None:
     """Write a file of mode 0600 whole or not at all, durably.
 

@@ -120,7 +120,10 @@ def run_job(job: Job, repetitions: int, progress: Callable[[str], None] = lambda
     samples: dict[str, list[Figures]] = {arm.key: [] for arm in job.arms}
     order = []
     with ExitStack() as stack:
-        processes = [stack.enter_context(ArmProcess(arm)) for arm in job.arms]
+        # peers first: one that cannot be used is known in a moment, our own arms take seconds to load
+        peers_first = sorted(job.arms, key=lambda arm: not arm.peer)
+        started = {arm.key: stack.enter_context(ArmProcess(arm)) for arm in peers_first}
+        processes = [started[arm.key] for arm in job.arms]
         rehearsals = {}
         for process in processes:
             progress(f"rehearsal: {process.arm.label}")

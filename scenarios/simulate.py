@@ -151,7 +151,7 @@ def federate(plan: Plan, shards: Sequence[Shard], folder: Path, workers: int = 0
         folder: New or empty.
         workers: See `Scenario`.
     """
-    federation = make_federation(folder, shards, _policy_for(plan))
+    federation = make_federation(folder, shards, policy_for(plan))
     homes = enumerate(federation.owners, start=_FIRST_NODE)
     owners = {node: open_owner(home.folder, home.passphrase) for node, home in homes}
     apps = {node: make_app(partial(_fixed, owner)) for node, owner in owners.items()}
@@ -162,7 +162,7 @@ def federate(plan: Plan, shards: Sequence[Shard], folder: Path, workers: int = 0
     return Simulation(store, LocalGrid(apps, workers), owners, trust)
 
 
-def _policy_for(plan: Plan) -> PolicySettings:
+def policy_for(plan: Plan) -> PolicySettings:
     """Return a policy that allows the plan, twice."""
     epsilon = promised_loss(plan)[0] or 1.0
     shares = plan.privacy.noise == "distributed"

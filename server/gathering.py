@@ -81,6 +81,10 @@ class Gathering:
             file.write(blob)
         return frames
 
+    def digests(self, owner: str, part: int) -> list[bytes]:
+        """Return the SHA-256 of each frame of one part of an owner's that was taken."""
+        return [self._digests[owner][position] for position in self.parts[part]]
+
     def is_complete(self, owner: str) -> bool:
         """Return whether all parts and the header of an owner are there."""
         frames = self.parts[-1].stop

@@ -221,6 +221,7 @@ class RoundRunner:
             verify(signed, member.public_key, Header)
             gathering.headers[owner] = signed
         frames = gathering.take(owner, reply.part, reply.blob)
+        self._store.note_ciphertexts(gathering.digests(owner, reply.part))
         self._note_seeds(member, frames)
         size = len(reply.body) + len(reply.blob)
         gathering.received_bytes[owner] = gathering.received_bytes.get(owner, 0) + size

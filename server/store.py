@@ -17,7 +17,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,6 +50,9 @@ CREATE TABLE IF NOT EXISTS transcript (
     total_bytes INTEGER NOT NULL, min_bytes INTEGER NOT NULL, max_bytes INTEGER NOT NULL,
     PRIMARY KEY (direction, kind, content)
 );
+CREATE TABLE IF NOT EXISTS ciphertexts (
+    sha256 BLOB PRIMARY KEY, times INTEGER NOT NULL
+) WITHOUT ROWID;
 """
 
 
@@ -197,6 +200,21 @@ class RunStore:
         names = ["direction", "kind", "content", "count", "total_bytes", "min_bytes", "max_bytes"]
         rows = self._database.execute("SELECT * FROM transcript ORDER BY 1 DESC, 2, 3").fetchall()
         return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def note_ciphertexts(self, digests: Iterable[bytes]) -> None:
+        """Count encrypted frames that arrived, by their SHA-256; the frames are not kept."""
+        with self.transaction():
+            self._database.executemany(
+                "INSERT INTO ciphertexts VALUES (?, 1) ON CONFLICT (sha256) DO UPDATE SET times = times + 1",
+                ((one,) for one in digests),
+            )
+
+    def ciphertexts(self) -> tuple[int, int]:
+        """Return how many encrypted frames arrived, and how many of them had arrived before."""
+        total, repeated = self._database.execute(
+            "SELECT COALESCE(SUM(times), 0), COALESCE(SUM(times - 1), 0) FROM ciphertexts"
+        ).fetchone()
+        return int(total), int(repeated)
 
     # --- owners and rounds -------------------------------------------------------------------------
 
