@@ -19,14 +19,13 @@ from crypto.agreement import (
     pair_seed,
     signed_hash,
     wrap,
-    wrap_digests,
-    wraps_hash,
 )
 from crypto.graph import graph_seed
 from crypto.masks import first_chain_key
 from crypto.measuring import plan_context
 from crypto.secret import SealKey, self_test
 from crypto.signing import sign
+from crypto.wraps import WrapTree, require_wrapped, wrap_digests
 from protocol.accounting import require_target
 from protocol.encoding import digest, digest_bytes
 from protocol.errors import ModelMismatch, PlanInvalid, ProtocolViolation, RosterRefused
@@ -155,7 +154,7 @@ def _wrap_for_peers(
         plan_hash=plan.sha256(),
         roster_hash=roster_hash,
         nonce=state.nonce,
-        wraps_hash=wraps_hash(wrap_digests(seeds, keys)),
+        wraps_hash=WrapTree(wrap_digests(seeds, keys)).root,
         key_commitment=commitment,
     )
     changed = state.with_changes(
@@ -186,7 +185,8 @@ def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
     _check_nonces(state, bodies)
     signed = {message.signer: body for message, body in zip(request.wraps, bodies, strict=True)}
     for sender, body in signed.items():
-        _check_digests(owner.fingerprint, sender, body, request)
+        if sender != owner.fingerprint:
+            _check_wrap(owner.fingerprint, sender, body, list(signed), request)
     hpke_key = HpkeKey.from_secret(state.hpke_secret)
     chains = {
         peer: first_chain_key(_pair(owner.fingerprint, peer, state, hpke_key, request))
@@ -211,17 +211,13 @@ def _check_nonces(state: RunState, bodies: Sequence[Wraps]) -> None:
             raise ProtocolViolation("a member revealed another nonce than it committed to")
 
 
-def _check_digests(own: str, sender: str, body: Wraps, request: KeysRequest) -> None:
-    digests = request.wrap_digests.get(sender, {})
-    if wraps_hash(digests) != body.wraps_hash:
-        raise ProtocolViolation("wraps are not the ones that their sender signed")
-    if sender == own:
-        return
+def _check_wrap(own: str, sender: str, body: Wraps, roster: Sequence[str], request: KeysRequest) -> None:
+    """Check that what a sender wrapped for this owner arrived as it was signed."""
     received = [digest_bytes(request.seeds.get(sender, b""))]
     if body.key_commitment is not None:
         received.append(digest_bytes(request.key or b""))
-    if digests.get(own) != received:
-        raise ProtocolViolation("a wrap for this owner was replaced")
+    receivers = [name for name in roster if name != sender]
+    require_wrapped(body.wraps_hash, own, receivers, received, request.proofs.get(sender, []))
 
 
 def _pair(own: str, peer: str, state: RunState, hpke_key: HpkeKey, request: KeysRequest) -> bytes:

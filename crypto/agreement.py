@@ -8,7 +8,7 @@ so that recorded traffic stays closed if one of the two falls.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from protocol.encoding import digest, digest_bytes, encode
+from protocol.encoding import digest, encode
 from protocol.errors import ProtocolViolation
 from protocol.messages import Signed
 
@@ -148,20 +148,3 @@ def signed_hash(messages: Sequence[Signed]) -> str:
     headers hash (over headers).
     """
     return digest([message.model_dump(mode="json") for message in messages])
-
-
-def wrap_digests(seeds: Mapping[str, bytes], keys: Mapping[str, bytes]) -> dict[str, list[str]]:
-    """Return what `wraps_hash` covers: per receiver, the digest of its seed, then of its key if any."""
-    return {
-        receiver: [digest_bytes(seed)] + ([digest_bytes(keys[receiver])] if receiver in keys else [])
-        for receiver, seed in seeds.items()
-    }
-
-
-def wraps_hash(digests: Mapping[str, Sequence[str]]) -> str:
-    """Return the hash of one owner's wraps.
-
-    Args:
-        digests: Receiver's fingerprint to the SHA-256 of each ciphertext for it (seed, then key if any).
-    """
-    return digest({receiver: list(values) for receiver, values in digests.items()})

@@ -152,14 +152,15 @@ class RosterReply(Message):
 
 
 class KeysRequest(Message):
-    """`query.keys`: all signed wraps in roster order, all wrap digests, and the wraps for this owner.
+    """`query.keys`: all signed wraps in roster order, and the wraps for this owner with their proofs.
 
-    `heads` holds the receiver's own earlier messages that its peers returned.
+    `proofs` holds for each sender the hashes that lead from the wraps to the sender's signed `wraps_hash`
+    (`crypto.wraps`). `heads` holds the receiver's own earlier messages that its peers returned.
     """
 
     run: Digest
     wraps: list[Signed]
-    wrap_digests: dict[Fingerprint, dict[Fingerprint, list[Digest]]]
+    proofs: dict[Fingerprint, list[Digest]]
     seeds: dict[Fingerprint, Blob]
     key: Blob | None
     heads: list[Signed]

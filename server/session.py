@@ -13,10 +13,11 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from crypto.agreement import signed_hash, wrap_digests, wraps_hash
+from crypto.agreement import signed_hash
 from crypto.certificates import verify_signing_certificate
 from crypto.signing import signed_head, verify
 from crypto.trust import Trust
+from crypto.wraps import WrapTree, wrap_digests
 from protocol.encoding import digest_bytes
 from protocol.errors import FedsealError, ProtocolViolation, QuorumNotMet
 from protocol.messages import (
@@ -289,13 +290,13 @@ class Joining:
         self, run: str, members: dict[str, Member], replies: dict[str, RosterReply]
     ) -> ServerSession | None:
         wraps = [reply.wraps for reply in replies.values()]
-        digests = {s: wrap_digests(r.seeds, r.keys) for s, r in replies.items()}
+        trees = {s: WrapTree(wrap_digests(r.seeds, r.keys)) for s, r in replies.items()}
         requests = {
             member.node: Request(
                 KeysRequest(
                     run=run,
                     wraps=wraps,
-                    wrap_digests=digests,
+                    proofs={s: tree.proof(own) for s, tree in trees.items() if s != own},
                     seeds={s: r.seeds[own] for s, r in replies.items() if own in r.seeds},
                     key=next((r.keys[own] for r in replies.values() if own in r.keys), None),
                     heads=_returned_heads(member, replies.values()),
@@ -347,5 +348,5 @@ def _check_wraps(answer: RosterReply, body: Wraps, roster_hash: str, peers: set[
     """
     if body.roster_hash != roster_hash or set(answer.seeds) != peers:
         raise ProtocolViolation("wraps are for another roster")
-    if body.wraps_hash != wraps_hash(wrap_digests(answer.seeds, answer.keys)):
+    if body.wraps_hash != WrapTree(wrap_digests(answer.seeds, answer.keys)).root:
         raise ProtocolViolation("wraps are not the ones that their sender signed")

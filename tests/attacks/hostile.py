@@ -23,6 +23,7 @@ from crypto.masks import MaskContext, advance, apply_masks
 from crypto.presets import Packing, packing_for
 from crypto.secret import SealKey
 from crypto.signing import sign
+from crypto.wraps import WrapTree
 from protocol.encoding import digest, digest_bytes
 from protocol.messages import (
     CloseRequest,
@@ -163,7 +164,11 @@ class HostileRun:
         return KeysRequest(
             run=self.run,
             wraps=[reply.wraps for reply in replies.values()],
-            wrap_digests={name: wrap_digests_of(reply) for name, reply in replies.items()},
+            proofs={
+                name: WrapTree(wrap_digests_of(reply)).proof(own)
+                for name, reply in replies.items()
+                if own in reply.seeds
+            },
             seeds={name: reply.seeds[own] for name, reply in replies.items() if own in reply.seeds},
             key=next((reply.keys[own] for reply in replies.values() if own in reply.keys), None),
             heads=[reply.heads[own] for reply in replies.values() if own in reply.heads],

@@ -13,11 +13,12 @@ from hostile import HostileFederation, HostileRun, nothing_released, wrap_digest
 
 from client import joining
 from client.policy import Peers
-from crypto.agreement import HpkeKey, WrapContext, wrap, wraps_hash
+from crypto.agreement import HpkeKey, WrapContext, wrap
 from crypto.authority import create_authority
 from crypto.frames import SealContext
 from crypto.secret import SealKey
 from crypto.signing import sign
+from crypto.wraps import WrapTree
 from protocol.messages import (
     Join,
     JoinReply,
@@ -46,7 +47,7 @@ def own_wrap(run: HostileRun, sender: int, receiver: int, secret: bytes) -> byte
 def resigned(run: HostileRun, index: int, reply: RosterReply, **changes: Any) -> RosterReply:
     """Let a bought owner sign other wraps than it made."""
     body = Wraps.from_fields(reply.wraps.body)
-    fields = {"wraps_hash": wraps_hash(wrap_digests_of(reply)), **changes}
+    fields = {"wraps_hash": WrapTree(wrap_digests_of(reply)).root, **changes}
     signed = sign(run.owner(index).credentials.signing_key, body.model_copy(update=fields))
     return reply.model_copy(update={"wraps": signed})
 
@@ -63,13 +64,13 @@ def test_a_wrap_replaced_by_the_coordinators_own_is_refused(run: HostileRun) -> 
         assert run.federation.refused(VICTIM, "query.keys", request) == "FS-WIRE-03"
 
 
-def test_without_the_digest_check_the_coordinator_would_own_the_masks(
+def test_without_the_check_of_wraps_the_coordinator_would_own_the_masks(
     run: HostileRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.join().roster()
     honest = run.keys_request(VICTIM)
     swapped = {**honest.seeds, run.print_(OTHER): own_wrap(run, OTHER, VICTIM, bytes(32))}
-    monkeypatch.setattr(joining, "_check_digests", lambda *_: None)
+    monkeypatch.setattr(joining, "_check_wrap", lambda *_: None)
     request = honest.model_copy(update={"seeds": swapped})
     KeysReply.from_bytes(run.federation.accepted(VICTIM, "query.keys", request).body)
 
@@ -83,7 +84,7 @@ def test_two_wraps_that_change_places_are_refused(run: HostileRun) -> None:
     assert run.federation.refused(VICTIM, "query.keys", request) == "FS-WIRE-03"
 
 
-def test_digests_that_are_lied_to_fit_the_coordinators_wrap_are_refused(run: HostileRun) -> None:
+def test_a_proof_that_is_made_to_fit_the_coordinators_wrap_is_refused(run: HostileRun) -> None:
     run.join().roster()
     honest = run.keys_request(VICTIM)
     forged = own_wrap(run, OTHER, VICTIM, bytes(32))
@@ -92,7 +93,7 @@ def test_digests_that_are_lied_to_fit_the_coordinators_wrap_are_refused(run: Hos
     request = honest.model_copy(
         update={
             "seeds": {**honest.seeds, run.print_(OTHER): forged},
-            "wrap_digests": {**honest.wrap_digests, run.print_(OTHER): lied},
+            "proofs": {**honest.proofs, run.print_(OTHER): WrapTree(lied).proof(run.print_(VICTIM))},
         }
     )
     assert run.federation.refused(VICTIM, "query.keys", request) == "FS-WIRE-03"

@@ -15,11 +15,8 @@ from crypto.agreement import (
     pair_seed,
     signed_hash,
     wrap,
-    wrap_digests,
-    wraps_hash,
 )
 from crypto.masks import advance, first_chain_key
-from protocol.encoding import digest_bytes
 from protocol.errors import ProtocolViolation
 from protocol.messages import Signed
 
@@ -154,32 +151,6 @@ def test_a_key_survives_its_secret_form() -> None:
     assert copy.secret() == key.secret()
     assert copy.unwrap(wrap(key.public(), b"residues" * 3584, CONTEXT), CONTEXT) == b"residues" * 3584
     assert HpkeKey.generate().public() != key.public()
-
-
-def test_wrap_digests_cover_seed_and_key_of_each_receiver() -> None:
-    digests = wrap_digests({A: b"sa", B: b"sb"}, {B: b"kb"})
-    assert digests == {A: [digest_bytes(b"sa")], B: [digest_bytes(b"sb"), digest_bytes(b"kb")]}
-
-
-def test_the_hash_of_wraps_is_sensitive_to_each_digest() -> None:
-    digests = {A: ["1" * 64, "2" * 64], B: ["3" * 64]}
-    changes: list[dict[str, list[str]]] = [
-        {**digests, A: ["2" * 64, "1" * 64]},
-        {**digests, A: ["1" * 64]},
-        {**digests, A: ["1" * 64, "2" * 63 + "0"]},
-        {**digests, A: ["1" * 63 + "0", "2" * 64]},
-        {**digests, B: ["3" * 63 + "0"]},
-        {**digests, B: []},
-        {**digests, C: ["3" * 64]},
-        {A: digests[A]},
-        {A: digests[A], C: digests[B]},
-        {A: digests[B], B: digests[A]},
-        {},
-    ]
-    hashes = {wraps_hash(changed) for changed in changes}
-    assert len(hashes) == len(changes)
-    assert wraps_hash(digests) not in hashes
-    assert wraps_hash({B: digests[B], A: digests[A]}) == wraps_hash(digests)
 
 
 def test_the_hash_of_signed_messages_covers_order_and_every_field() -> None:

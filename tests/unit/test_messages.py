@@ -71,7 +71,7 @@ EXAMPLES: list[Message] = [
     JoinReply(certificate=b"der", join=SIGNED),
     Wraps(run=A, plan_hash=A, roster_hash=B, nonce=C, wraps_hash=C, key_commitment=None),
     RosterReply(wraps=SIGNED, seeds={A: b"1", B: b""}, keys={}, heads={B: SIGNED}),
-    KeysRequest(run=A, wraps=[SIGNED], wrap_digests={A: {B: [C]}}, seeds={}, key=None, heads=[]),
+    KeysRequest(run=A, wraps=[SIGNED], proofs={A: [C]}, seeds={}, key=None, heads=[]),
     Session(session=A),
     Ready(session=A, attempt=0, purpose="evaluate", model_hash=B, ledger=HEAD),
     FitRequest(

@@ -1,0 +1,98 @@
+"""The tree over an owner's wraps: what it covers, and that no other wrap passes for a signed one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crypto.wraps import WrapTree, require_wrapped, wrap_digests
+from protocol.encoding import digest_bytes
+from protocol.errors import ProtocolViolation
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+
+
+def names(count: int) -> list[str]:
+    return sorted(digest_bytes(f"owner {place}".encode()) for place in range(count))
+
+
+def tree_of(count: int) -> tuple[WrapTree, dict[str, list[str]]]:
+    digests = {name: [digest_bytes(name.encode())] for name in names(count)}
+    return WrapTree(digests), digests
+
+
+def test_digests_cover_seed_and_key_of_each_receiver() -> None:
+    digests = wrap_digests({A: b"sa", B: b"sb"}, {B: b"kb"})
+    assert digests == {A: [digest_bytes(b"sa")], B: [digest_bytes(b"sb"), digest_bytes(b"kb")]}
+
+
+def test_the_root_is_that_of_a_tree_made_by_hand() -> None:
+    def hashed(value: object) -> str:
+        return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()
+
+    digests = {A: ["1" * 64, "2" * 64], B: ["3" * 64], C: ["4" * 64]}
+    leaves = [hashed(["wrap", name, digests[name]]) for name in (A, B, C)]
+    expected = hashed(["wraps", hashed(["wraps", leaves[0], leaves[1]]), leaves[2]])
+    assert WrapTree(digests).root == expected
+    assert WrapTree({C: digests[C], A: digests[A], B: digests[B]}).root == expected
+    assert WrapTree(digests).proof(C) == [hashed(["wraps", leaves[0], leaves[1]])]
+
+
+def test_the_root_is_sensitive_to_each_digest() -> None:
+    digests = {A: ["1" * 64, "2" * 64], B: ["3" * 64]}
+    changes: list[dict[str, list[str]]] = [
+        {**digests, A: ["2" * 64, "1" * 64]},
+        {**digests, A: ["1" * 64]},
+        {**digests, A: ["1" * 64, "2" * 63 + "0"]},
+        {**digests, B: ["3" * 63 + "0"]},
+        {**digests, B: []},
+        {**digests, C: ["3" * 64]},
+        {A: digests[A]},
+        {A: digests[A], C: digests[B]},
+        {A: digests[B], B: digests[A]},
+    ]
+    roots = {WrapTree(changed).root for changed in changes}
+    assert len(roots) == len(changes)
+    assert WrapTree(digests).root not in roots
+
+
+@given(st.integers(1, 40), st.data())
+def test_every_receiver_recognizes_its_own_wraps_and_no_others(count: int, data: st.DataObject) -> None:
+    tree, digests = tree_of(count)
+    receivers = names(count)
+    own = data.draw(st.sampled_from(receivers))
+    proof = tree.proof(own)
+    assert len(proof) <= (count - 1).bit_length()
+    require_wrapped(tree.root, own, receivers, digests[own], proof)
+    with pytest.raises(ProtocolViolation):
+        require_wrapped(tree.root, own, receivers, [digest_bytes(b"forged")], proof)
+    with pytest.raises(ProtocolViolation):
+        require_wrapped(tree.root, own, receivers, digests[own], [*proof, A])
+    with pytest.raises(ProtocolViolation):
+        require_wrapped(digest_bytes(b"another root"), own, receivers, digests[own], proof)
+    if proof:
+        place = data.draw(st.integers(0, len(proof) - 1))
+        changed = [*proof[:place], A, *proof[place + 1 :]]
+        for wrong in (changed, proof[:-1], proof[1:]):
+            with pytest.raises(ProtocolViolation):
+                require_wrapped(tree.root, own, receivers, digests[own], wrong)
+
+
+@given(st.integers(2, 20), st.data())
+def test_one_receivers_wraps_do_not_pass_for_anothers(count: int, data: st.DataObject) -> None:
+    tree, digests = tree_of(count)
+    own, other = data.draw(st.permutations(names(count)))[:2]
+    for proof in (tree.proof(own), tree.proof(other)):
+        with pytest.raises(ProtocolViolation):
+            require_wrapped(tree.root, own, names(count), digests[other], proof)
+
+
+def test_an_inner_node_does_not_pass_for_a_leaf() -> None:
+    tree, digests = tree_of(4)
+    left = WrapTree({name: digests[name] for name in names(4)[:2]}).root
+    with pytest.raises(ProtocolViolation):
+        require_wrapped(tree.root, names(4)[0], names(4)[:2], [left], tree.proof(names(4)[0])[1:])
