@@ -23,6 +23,11 @@ def result(
     }
 
 
+def not_applicable(identifier: str, title: str, reason: str) -> Check:
+    """Assemble a check that has nothing to look at in this kind of run; it counts for nothing."""
+    return {"id": identifier, "title": title, "status": "not applicable", "evidence": reason, "gap": ""}
+
+
 def names(claims: Iterable[dict[str, Any]]) -> str:
     """Return the owners of some claims for a sentence."""
     return ", ".join(str(claim["owner"]) for claim in claims)

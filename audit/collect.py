@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cryptography import x509
 
+from audit.custody import coordinator_custody
 from audit.evidence import (
     CertificateEvidence,
     ClaimEvidence,
     EncryptionEvidence,
-    KeyEvidence,
     OwnerEvidence,
     PhaseSeconds,
     Refusal,
@@ -33,17 +32,22 @@ from protocol.evaluation import promised_loss
 from protocol.messages import LedgerHead, Signed
 from protocol.plan import Plan
 from server.home import IDENTITY, MEMBERS
-from server.release import PRIVATE
 from server.store import RunStore
 
 
-def collect(store: RunStore, home: Path, deployment: dict[str, Any] | None) -> RunEvidence:
+def collect(
+    store: RunStore,
+    home: Path,
+    deployment: dict[str, Any] | None,
+    kind: Literal["deployment", "simulation"] = "deployment",
+) -> RunEvidence:
     """Read everything that the report needs; nothing is added that was not recorded.
 
     Args:
         store: The run.
         home: The coordinator's home folder.
         deployment: What building the package returned, if it was built.
+        kind: Whether owners and records were real; only a laboratory says `simulation`.
 
     Raises:
         ReportInvalid: The run has not ended.
@@ -55,6 +59,7 @@ def collect(store: RunStore, home: Path, deployment: dict[str, Any] | None) -> R
     initial = store.read_checkpoint(0).sha256()
     finished = store.finished_rounds()
     return RunEvidence(
+        kind=kind,
         run=store.get("run", digest_bytes(store.folder.name.encode())),
         name=plan.run.name,
         plan=plan.fields(),
@@ -72,7 +77,7 @@ def collect(store: RunStore, home: Path, deployment: dict[str, Any] | None) -> R
         owners=[_owner(print_, facts, plan) for print_, facts in store.owners().items()],
         transcript=[TranscriptEntry.from_fields(row) for row in store.transcript()],
         refusals=[Refusal.from_fields(row) for row in store.refusals()],
-        keys=_keys(home),
+        keys=coordinator_custody(home),
         certificates=_certificates(home),
         tls=_tls(store),
         server_has_secret_key=bool(store.get("loaded_secret_modules", ["unknown"])),
@@ -141,26 +146,6 @@ def _owner(fingerprint: str, facts: dict[str, Any], plan: Plan) -> OwnerEvidence
             "sealed_evaluations": facts["sealed_evaluations"],
         }
     )
-
-
-def _keys(home: Path) -> list[KeyEvidence]:
-    """Look at the coordinator's own key files; owners' keys are out of its sight, as they must be."""
-    files = ((home / IDENTITY / "server.key.sealed", "TLS key"), (home / PRIVATE, "release signing key"))
-    return [
-        KeyEvidence(
-            what=what,
-            holder="coordinator",
-            place="sealed file",
-            encrypted_at_rest=_is_sealed(path),
-        )
-        for path, what in files
-        if path.exists()
-    ]
-
-
-def _is_sealed(path: Path) -> bool:
-    closed = stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
-    return closed and path.read_bytes().startswith(b'{"ciphertext"')
 
 
 def _certificates(home: Path) -> list[CertificateEvidence]:

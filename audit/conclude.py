@@ -66,6 +66,7 @@ def conclude(
     deployment, package = None, None
     if store.get("state") == "finished" and (store.folder / PUBLIC_DATA).exists():
         package, deployment = _package(store, key, out, progress)
+        store.set("deployment", deployment)
     progress("writing the report")
     evidence = collect(store, home, deployment)
     report = build_report(evidence, datetime.now(UTC), key)

@@ -1,30 +1,25 @@
 """Render a report as one self-contained HTML page for people who do not read JSON.
 
 The page needs no network and no script, and its policy forbids both. Every value comes from the report
-and is escaped; only explanations are part of the template. Charts are computed here as plain geometry
-and drawn by the template as inline SVG.
+and is escaped; only explanations are part of the templates. Charts are computed as plain geometry by
+`audit.charts` and `audit.experiment_charts`, and drawn by the templates as inline SVG.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from audit import words
+from audit.charts import accuracy_chart, bytes_chart, epsilon_chart
+from audit.experiment_charts import bounds_chart, inversion_panels, roc_charts
+from audit.experiment_checks import all_bounds
+from audit.owner_checks import owner_findings
+
 _TEMPLATES = Path(__file__).parent / "templates"
-
-WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 350, 18, 172
-"""Plot area of a line chart, in units of its view box. It fits a narrow telephone at full size."""
-
-BAR_HEAD, BAR_ROW, BAR_LEFT, BAR_RIGHT = 28, 15, 4, 264
-"""Height of an exchange's name and of each bar below it, and the horizontal room of the bars."""
 
 LAYERS: dict[str, tuple[str, ...]] = {
     "guarantee": (
@@ -34,10 +29,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "evaluations-planned",
         "statements-agree",
         "ledger-forward",
+        "owner-ledgers",
     ),
     "mechanism": (
-        "noise-conformance",
-        "lower-bounds",
+        "mechanism-conformance",
+        "owner-code",
         "plan-binding",
         "run-complete",
         "cohort-size",
@@ -46,71 +42,20 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "encryption-strength",
         "update-size",
     ),
-    "received": ("received-content", "no-server-key"),
-    "keys": ("tls", "certificates"),
+    "attacks": ("lower-bounds", "membership-inference", "gradient-inversion"),
+    "received": ("received-content", "marker-scan", "ciphertext-reuse", "no-server-key"),
+    "keys": ("key-custody", "tls", "certificates"),
 }
 """Which checks stand in which section of the page."""
 
-_ORDER = {"fail": 0, "missing": 1, "pass": 2}
+FIRST_SCREEN: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Guarantee", ("guarantee",)),
+    ("Mechanism", ("mechanism",)),
+    ("Attacks and exposure", ("attacks", "received", "keys")),
+)
+"""Headings of the first screen, after the layers of NIST SP 800-226, and the sections under each."""
 
-
-@dataclass(frozen=True)
-class Tick:
-    """A labelled position on an axis, in view box units."""
-
-    at: float
-    label: str
-
-
-@dataclass(frozen=True)
-class LineChart:
-    """A line over rounds, in view box units.
-
-    Attributes:
-        points: Positions of the values.
-        cap: Height of the limit line; None if there is none.
-        summary: What the chart shows, for those who cannot see it.
-    """
-
-    points: list[tuple[float, float]]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    cap: float | None
-    cap_label: str
-    last_label: str
-    summary: str
-
-    @property
-    def path(self) -> str:
-        """Return the points as an SVG `points` attribute."""
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
-
-
-@dataclass(frozen=True)
-class BarPart:
-    """One bar: the bytes of one exchange in one direction."""
-
-    direction: str
-    width: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Bar:
-    """The bars of one exchange under its name; a direction without bytes has none."""
-
-    top: int
-    name: str
-    parts: list[BarPart]
-
-
-@dataclass(frozen=True)
-class BarChart:
-    """Bars of all exchanges, on one linear scale, with a summary in words."""
-
-    bars: list[Bar]
-    height: int
-    summary: str
+_ORDER = {"fail": 0, "missing": 1, "pass": 2, "not applicable": 3}
 
 
 def html(report: dict[str, Any]) -> str:
@@ -125,164 +70,32 @@ def html(report: dict[str, Any]) -> str:
         .render(
             report=report,
             layers=grouped,
-            first_screen=sorted(report["checks"], key=lambda check: _ORDER.get(check["status"], 0)),
+            first_screen=_first_screen(grouped),
             epsilon_chart=epsilon_chart(report),
             accuracy_chart=accuracy_chart(report),
             bytes_chart=bytes_chart(report),
+            all_bounds=all_bounds(report),
+            bounds_chart=bounds_chart(report),
+            roc_charts=roc_charts(report),
+            inversion_panels=inversion_panels(report),
+            owner_findings=owner_findings(report),
             owner_names={claim["fingerprint"]: claim["owner"] for claim in report["claims"]},
         )
     )
 
 
-def epsilon_chart(report: dict[str, Any]) -> LineChart | None:
-    """Return spent epsilon over finished rounds with the promised limit; None without a guarantee."""
-    spending, promised = report["spending"], report["promise"]["epsilon"]
-    if promised == "inf" or any(point["epsilon"] == "inf" for point in spending):
-        return None
-    values = [(float(point["round"]), float(point["epsilon"])) for point in spending]
-    last = values[-1][1]
-    return _line_chart(
-        values,
-        y_range=(0.0, 1.15 * max(promised, last)),
-        label=lambda value: f"{value:g}",
-        cap=float(promised),
-        cap_label=f"promised at most {promised:g}",
-        last_label=number(last),
-        summary=f"Spent epsilon rises from 0 to {number(last)} after {values[-1][0]:.0f} rounds. "
-        f"The promised limit is {promised:g}.",
-    )
-
-
-def accuracy_chart(report: dict[str, Any]) -> LineChart | None:
-    """Return accuracy over finished rounds; None if it was never measured."""
-    values = [
-        (float(entry["round"]), float(entry["accuracy"]))
-        for entry in report["rounds"]
-        if not entry["void"] and entry["accuracy"] is not None
+def _first_screen(grouped: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return each heading with its checks, those that need attention first."""
+    return [
+        (
+            heading,
+            sorted(
+                (check for name in sections for check in grouped[name]),
+                key=lambda check: _ORDER.get(check["status"], 0),
+            ),
+        )
+        for heading, sections in FIRST_SCREEN
     ]
-    if not values:
-        return None
-    heights = [value for _, value in values]
-    low = math.floor(10 * min(heights)) / 10
-    high = max(low + 0.1, math.ceil(10 * max(heights)) / 10)
-    return _line_chart(
-        values,
-        y_range=(low, high),
-        label=lambda value: f"{100 * value:.0f} %",
-        cap=None,
-        cap_label="",
-        last_label=f"{100 * heights[-1]:.1f} %",
-        summary=f"Accuracy on public data goes from {100 * heights[0]:.1f} % "
-        f"to {100 * heights[-1]:.1f} %. The scale starts at {100 * low:.0f} %.",
-    )
-
-
-def bytes_chart(report: dict[str, Any]) -> BarChart | None:
-    """Return the bytes of each exchange, received and sent; None if nothing is on record."""
-    totals: dict[str, dict[str, int]] = {}
-    for entry in report["transcript"]:
-        kind = totals.setdefault(entry["kind"], {"received": 0, "sent": 0})
-        kind[entry["direction"]] += entry["total_bytes"]
-    if not totals:
-        return None
-    largest = max(1, *(max(kind.values()) for kind in totals.values()))
-    scale = (BAR_RIGHT - BAR_LEFT) / largest
-    bars, top = [], 0
-    for name, kind in totals.items():
-        parts = [
-            BarPart(direction, max(1.0, count * scale), size(count))
-            for direction, count in kind.items()
-            if count
-        ]
-        bars.append(Bar(top, name if len(name) <= 40 else name[:39] + "…", parts))
-        top += BAR_HEAD + BAR_ROW * len(parts)
-    sentences = [
-        f"{bar.name}: " + (", ".join(f"{part.direction} {part.label}" for part in bar.parts) or "nothing")
-        for bar in bars
-    ]
-    return BarChart(bars, height=top, summary=". ".join(sentences) + ".")
-
-
-def size(count: int) -> str:
-    """Return a number of bytes with a decimal unit, for example ``1.4 MB``."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.95 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
-def number(value: Any) -> str:
-    """Return a value for a person: four significant digits, and a word for what is unbounded."""
-    if value == "inf":
-        return "no limit"
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(number(item) for item in value) or "none"
-    if not isinstance(value, float):
-        return str(value)
-    text = f"{value:.4g}"
-    return f"{Decimal(text):f}" if 1e-9 <= abs(value) < 1e12 else text
-
-
-def odds(probability: float) -> str:
-    """Return a probability as a person says it: 1 in so many."""
-    return "zero" if probability <= 0 else f"1 in {1 / probability:,.0f}"
-
-
-def path(pointer: str, separator: str) -> str:
-    """Return a JSON pointer with its steps set apart by `separator`."""
-    steps = pointer.split("/")[1:]
-    return separator.join(step.replace("~1", "/").replace("~0", "~") for step in steps)
-
-
-def factor(epsilon: float | str) -> str:
-    """Return e to the epsilon in words: how much one record can change the odds of any result."""
-    if epsilon == "inf" or float(epsilon) > 20:
-        return "more than a million"
-    value = math.exp(float(epsilon))
-    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
-
-
-def moment(text: str) -> str:
-    """Return an ISO 8601 moment in UTC as a person writes it, to the minute."""
-    return f"{text[:10]} {text[11:16]} UTC"
-
-
-def _line_chart(
-    values: Sequence[tuple[float, float]], *, y_range: tuple[float, float], label: Any, **rest: Any
-) -> LineChart:
-    first, last = min(x for x, _ in values), max(x for x, _ in values)
-    low, high = y_range
-    wide, tall = (last - first) or 1.0, (high - low) or 1.0
-
-    def across(x: float) -> float:
-        return LEFT + (x - first) / wide * (RIGHT - LEFT)
-
-    def up(y: float) -> float:
-        return BOTTOM - (y - low) / tall * (BOTTOM - TOP)
-
-    cap = rest.pop("cap")
-    return LineChart(
-        points=[(across(x), up(y)) for x, y in values],
-        x_ticks=[Tick(across(x), f"{x:.0f}") for x in _ticks(first, last, 6) if x == round(x)],
-        y_ticks=[Tick(up(y), label(y)) for y in _ticks(low, high, 4)],
-        cap=None if cap is None else up(cap),
-        **rest,
-    )
-
-
-def _ticks(low: float, high: float, count: int) -> Iterable[float]:
-    """Return about `count` round numbers within [low, high]: 1, 2 or 5 times a power of ten."""
-    span = (high - low) or 1.0
-    rough = span / count
-    unit: float = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(step * i, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 @lru_cache(maxsize=1)
@@ -294,5 +107,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(size=size, number=number, factor=factor, moment=moment, odds=odds, path=path)
+    filters = ("size", "number", "factor", "moment", "odds", "path", "percent", "duration")
+    environment.filters.update({name: getattr(words, name) for name in filters})
     return environment

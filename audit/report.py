@@ -1,8 +1,9 @@
 """Build, sign, verify and write the audit report of a run.
 
-A report is a plain JSON value that fits ``audit/schema/report-1.json``. It holds the run's evidence in
-full, so that everything else in it - recomputed privacy losses, verified signatures, checks, verdict -
-is a function of the report alone. `verify_report` evaluates that function again and compares.
+A report is a plain JSON value that fits ``audit/schema/report-2.json``. It holds the run's evidence
+and that of the experiments in full, so that everything else in it - recomputed privacy losses, verified
+signatures, checks, verdict - is a function of the report alone. `verify_report` evaluates that function
+again and compares.
 
 What a signature proves: the holder of the key wrote this report. What verification without a trusted
 public key proves: the report follows from the evidence printed in it, whoever wrote it.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -25,28 +27,41 @@ from audit import render
 from audit.claims import claim, close, estimate, promise, spent_epsilon
 from audit.evidence import (
     RunEvidence,
-    flatten,
     parse_time,
-    unflatten,
 )
+from audit.experiments import LabEvidence
+from audit.facts import flatten, unflatten
+from audit.findings import finding
+from audit.reproduce import commands
 from audit.verdict import checks, verdict
 from crypto.certificates import fingerprint
 from crypto.signing import sign_bytes, verify_bytes
 from protocol.encoding import encode
 from protocol.errors import EncodingInvalid, PlanInvalid, ReportInvalid, SignatureInvalid
+from protocol.messages import Signed
 from protocol.plan import Plan
 
-SCHEMA_ID = "fedseal/report/1"
+SCHEMA_ID = "fedseal/report/2"
 SIGNATURE_KIND = "report"
 MAX_REPORT_BYTES = 64 * 1024 * 1024
 
 CURVE_POINTS = 12
 """Most rounds at which the curve of spent epsilon is evaluated; accounting takes time."""
 
-_SCHEMA_PATH = Path(__file__).parent / "schema" / "report-1.json"
-_SAME = ("encryption", "owners", "transcript", "refusals", "keys", "certificates", "tls")
+_SCHEMA_PATH = Path(__file__).parent / "schema" / "report-2.json"
+_SAME = (
+    "encryption",
+    "owners",
+    "transcript",
+    "refusals",
+    "keys",
+    "certificates",
+    "tls",
+    "environment",
+)
 _RECOMPUTED = ("agreeing_openings", "estimate")
 _SUBJECT = (
+    "kind",
     "run",
     "name",
     "plan_hash",
@@ -62,7 +77,11 @@ _SUBJECT = (
 
 
 def build_report(
-    evidence: RunEvidence, now: datetime, signer: Ed25519PrivateKey | None = None
+    evidence: RunEvidence,
+    now: datetime,
+    signer: Ed25519PrivateKey | None = None,
+    lab: LabEvidence | None = None,
+    findings: Sequence[Signed] = (),
 ) -> dict[str, Any]:
     """Return the report of a run.
 
@@ -70,9 +89,11 @@ def build_report(
         evidence: What the run left behind.
         now: Time of the report, with a time zone.
         signer: Key that signs the report; without it `signature` is null.
+        lab: Experiments made at the auditor's place; without them the report is inconclusive at best.
+        findings: What owners found at their places, signed by them; see `audit.findings`.
 
     Returns:
-        A JSON value that fits ``audit/schema/report-1.json``, without NaN or infinity.
+        A JSON value that fits ``audit/schema/report-2.json``, without NaN or infinity.
 
     Raises:
         ReportInvalid: The evidence contradicts its own types, for example a plan that is not one.
@@ -92,11 +113,13 @@ def build_report(
         "rounds": _rounds(evidence, plan),
         "server": {"has_secret_key": evidence.server_has_secret_key, "listening": fields["listening"]},
         "deployment": None if evidence.deployment is None else flatten(evidence.deployment),
-        "environment": fields["environment"] | {"packages": _packages(evidence)},
+        "laboratory": None if lab is None else lab.fields(),
+        "findings": [finding(signed, _owner_keys(evidence)) for signed in findings],
     }
     report |= {name: fields[name] for name in _SAME}
+    report["reproduce"] = commands(report)
     report["checks"] = checks(report)
-    report["verdict"] = verdict(report["checks"])
+    report["verdict"] = verdict(report["checks"], evidence.kind)
     report["signature"] = None
     _validate(report)
     return report if signer is None else sign_report(report, signer)
@@ -125,20 +148,30 @@ def write_report(report: dict[str, Any], folder: Path) -> tuple[Path, Path]:
         The two paths.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, text in (("report.json", _spelling(report)), ("report.html", render.html(report))):
-        path = folder / name
-        draft = folder / f".{name}.new"
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-        written.append(path)
-    return written[0], written[1]
+    path, page = folder / "report.json", folder / "report.html"
+    _write(path, _spelling(report))
+    write_page(report, page)
+    return path, page
+
+
+def write_page(report: dict[str, Any], page: Path) -> None:
+    """Write the self-contained HTML page of a report that was verified or just built.
+
+    The file appears whole or not at all.
+    """
+    _write(page, render.html(report))
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.new")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def verify_report(path: Path, public_key: Ed25519PublicKey | None = None) -> dict[str, Any]:
     """Read a report and check all that can be checked with it alone.
 
-    Checks, in this order: size and spelling, schema, signature, and that claims, checks and verdict
+    Checks, in this order: size and spelling, signature, schema, and that claims, checks and verdict
     follow from the evidence in the report, signatures of owners and privacy accounting included.
 
     Args:
@@ -153,10 +186,15 @@ def verify_report(path: Path, public_key: Ed25519PublicKey | None = None) -> dic
         ReportInvalid: Says which of these does not hold.
     """
     report = _read(path)
-    _validate(report)
     _check_signature(report, public_key)
+    _validate(report)
     try:
-        again = build_report(_evidence_of(report), parse_time(report["generated_at"]))
+        again = build_report(
+            _evidence_of(report),
+            parse_time(report["generated_at"]),
+            lab=None if report["laboratory"] is None else LabEvidence.from_fields(report["laboratory"]),
+            findings=[_signed_of(entry) for entry in report["findings"]],
+        )
     except (ValueError, EncodingInvalid, PlanInvalid) as error:
         raise ReportInvalid("the evidence in the report is not well-formed") from error
     difference = _first_difference(again, report | {"signature": None}, "")
@@ -183,9 +221,13 @@ def _spending(plan: Plan, rounds: int) -> list[dict[str, Any]]:
     return [{"round": point, "epsilon": spent_epsilon(plan, point)} for point in points]
 
 
-def _rounds(evidence: RunEvidence, plan: Plan) -> list[dict[str, Any]]:
+def _owner_keys(evidence: RunEvidence) -> dict[str, Ed25519PublicKey]:
     known = {owner.fingerprint: owner.public_key() for owner in evidence.owners}
-    keys = {name: key for name, key in known.items() if key is not None}
+    return {name: key for name, key in known.items() if key is not None}
+
+
+def _rounds(evidence: RunEvidence, plan: Plan) -> list[dict[str, Any]]:
+    keys = _owner_keys(evidence)
     return [
         entry.fields()
         | {
@@ -212,14 +254,8 @@ def _check_counts(evidence: RunEvidence, plan: Plan) -> None:
         raise ReportInvalid("the evidence counts more evaluations than the plan allows")
 
 
-def _packages(evidence: RunEvidence) -> list[dict[str, str]]:
-    packages = evidence.environment.packages
-    return [{"name": name, "version": packages[name]} for name in sorted(packages)]
-
-
 def _evidence_of(report: dict[str, Any]) -> RunEvidence:
     """Return the evidence that a report holds; the inverse of what `build_report` lays out."""
-    packages = {item["name"]: item["version"] for item in report["environment"]["packages"]}
     fields = {name: report["subject"][name] for name in _SUBJECT} | {name: report[name] for name in _SAME}
     deployment = report["deployment"]
     return RunEvidence.from_fields(
@@ -233,9 +269,12 @@ def _evidence_of(report: dict[str, Any]) -> RunEvidence:
             "server_has_secret_key": report["server"]["has_secret_key"],
             "listening": report["server"]["listening"],
             "deployment": None if deployment is None else unflatten(deployment),
-            "environment": report["environment"] | {"packages": packages},
         }
     )
+
+
+def _signed_of(entry: dict[str, Any]) -> Signed:
+    return Signed.from_fields({name: value for name, value in entry.items() if name != "valid"})
 
 
 def _spelling(report: dict[str, Any]) -> str:
@@ -274,18 +313,18 @@ def _validate(report: dict[str, Any]) -> None:
 
 
 def _check_signature(report: dict[str, Any], public_key: Ed25519PublicKey | None) -> None:
-    signature = report["signature"]
+    signature = report.get("signature")
     if signature is None:
         if public_key is not None:
             raise ReportInvalid("the report is not signed")
         return
     try:
         named = Ed25519PublicKey.from_public_bytes(base64.b64decode(signature["public_key"]))
-        value = base64.b64decode(signature["value"])
+        value, signer = base64.b64decode(signature["value"]), signature["signer"]
         verify_bytes(named, SIGNATURE_KIND, _signed_part(report), value)
-    except (ValueError, SignatureInvalid):
+    except (TypeError, KeyError, ValueError, EncodingInvalid, SignatureInvalid):
         raise ReportInvalid("the signature does not verify") from None
-    if signature["signer"] != fingerprint(named):
+    if signer != fingerprint(named):
         raise ReportInvalid("the signature names another signer than its key")
     if public_key is not None and fingerprint(public_key) != fingerprint(named):
         raise ReportInvalid("the report is signed by somebody else")

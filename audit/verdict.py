@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, Literal
 
-from audit import privacy_checks
-from audit.check import Check, Report, names, result
+from audit import experiment_checks, owner_checks, privacy_checks
+from audit.check import Check, Report, names, not_applicable, result
 from crypto.presets import broken_byte_promise
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -27,32 +27,38 @@ MINIMUM_SECURITY_BITS = 128
 ERROR_CODE_LIMIT_BYTES = 4096
 """A longer message cannot be called an error code: it could carry data."""
 
+SIMULATED = "A simulation was audited, not a deployment: all parties ran on one machine."
+"""First reason of every verdict on a simulation."""
+
 _RECEIVABLE = ("ciphertext frames", "signed metadata", "opened sums", "error code")
 _FORMS = {"packed": "packed without gaps", "seal": "in SEAL's own form"}
 _ONLY_UNDER = {"ciphertext frames": "train.seal", "opened sums": "query.open"}
 
 
-def verdict(results: Iterable[Check]) -> dict[str, Any]:
+def verdict(results: Iterable[Check], kind: str = "deployment") -> dict[str, Any]:
     """Return the verdict that follows from check results.
 
     Args:
-        results: Checks with `title`, `status` (``pass``, ``fail``, ``missing``) and `gap`.
+        results: Checks with `title`, `status` (``pass``, ``fail``, ``missing``, ``not applicable``) and
+            `gap`.
+        kind: What was audited; of anything but a ``deployment`` the first reason says so.
 
     Returns:
-        `status` and `reasons`. One failed check makes it FAIL; else one missing check, or no check at
-        all, makes it INCONCLUSIVE; else it is PASS. An unknown status counts as failed.
+        `status` and `reasons`. One failed check makes it FAIL; else one missing check, or no check that
+        applies, makes it INCONCLUSIVE; else it is PASS. An unknown status counts as failed.
     """
-    listed = list(results)
+    listed = [check for check in results if check["status"] != "not applicable"]
     failed = [check for check in listed if check["status"] not in ("pass", "missing")]
     missing = [check for check in listed if check["status"] == "missing"]
     status: Status = "FAIL" if failed else "INCONCLUSIVE" if missing or not listed else "PASS"
     reasons = [f"{check['title']}: {check['gap']}" for check in failed + missing]
-    return {"status": status, "reasons": reasons if listed else ["Nothing was checked."]}
+    preface = [] if kind == "deployment" else [SIMULATED]
+    return {"status": status, "reasons": preface + (reasons if listed else ["Nothing was checked."])}
 
 
 def recompute(report: Report) -> dict[str, Any]:
     """Return the verdict that the report's sections support, whatever checks and verdict it states."""
-    return verdict(checks(report))
+    return verdict(checks(report), report["subject"]["kind"])
 
 
 def exit_code(status: str) -> int:
@@ -157,11 +163,18 @@ def _model_countersigned(report: Report) -> Check:
     )
 
 
+def _simulated(report: Report) -> bool:
+    return bool(report["subject"]["kind"] == "simulation")
+
+
 def _no_server_key(report: Report) -> Check:
+    title = "The coordinator could not decrypt"
+    if _simulated(report):
+        return not_applicable("no-server-key", title, "In a simulation all parties share one machine.")
     held = report["server"]["has_secret_key"]
     return result(
         "no-server-key",
-        "The coordinator could not decrypt",
+        title,
         "The coordinator's process was searched for decryption keys and for the code that uses them.",
         failed=["The coordinator's process held a decryption key or the code for one."] if held else [],
         missing=[],
@@ -225,6 +238,9 @@ def _update_size(report: Report) -> Check:
 
 
 def _tls(report: Report) -> Check:
+    title = "All connections use TLS 1.3, and both sides show a certificate"
+    if _simulated(report):
+        return not_applicable("tls", title, "A simulation has no connections.")
     tls, failed = report["tls"], []
     if tls["version"] != "TLSv1.3":
         failed.append("The connection is not protected by TLS 1.3.")
@@ -232,7 +248,7 @@ def _tls(report: Report) -> Check:
         failed.append("Owners can connect without a certificate.")
     return result(
         "tls",
-        "All connections use TLS 1.3, and both sides show a certificate",
+        title,
         f"{tls['version']}, client certificate "
         f"{'required' if tls['client_certificate_required'] else 'not required'}.",
         failed=failed,
@@ -242,6 +258,9 @@ def _tls(report: Report) -> Check:
 
 
 def _certificates(report: Report) -> Check:
+    title = "All certificates were valid during the run"
+    if _simulated(report):
+        return not_applicable("certificates", title, "Simulated owners have no certificates.")
     start, end = (datetime.fromisoformat(report["subject"][k]) for k in ("started_at", "finished_at"))
     listed = report["certificates"]
     outside = [
@@ -255,34 +274,12 @@ def _certificates(report: Report) -> Check:
         failed.append("The run ended before it started.")
     return result(
         "certificates",
-        "All certificates were valid during the run",
+        title,
         f"{len(listed)} certificates and {len(report['claims'])} signing keys were compared with the "
         "run's dates.",
         failed=failed,
         missing=[] if listed else ["No certificate is on record."],
         limit="Each owner checked issuer and revocation when it joined; this report does not repeat that.",
-    )
-
-
-def _noise_conformance(_: Report) -> Check:
-    return result(
-        "noise-conformance",
-        "The noise that was drawn is the noise that was promised",
-        "None.",
-        failed=[],
-        missing=["Conformance tests of the noise mechanism are not part of this version."],
-        limit="",
-    )
-
-
-def _lower_bounds(_: Report) -> Check:
-    return result(
-        "lower-bounds",
-        "Attacks on the model find no more than was promised",
-        "None.",
-        failed=[],
-        missing=["Empirical lower bounds on epsilon are not part of this version."],
-        limit="",
     )
 
 
@@ -304,6 +301,13 @@ _CHECKS: tuple[Callable[[Report], Check], ...] = (
     _certificates,
     _plan_binding,
     _run_complete,
-    _noise_conformance,
-    _lower_bounds,
+    experiment_checks.mechanism_conformance,
+    experiment_checks.lower_bounds,
+    experiment_checks.membership_inference,
+    experiment_checks.gradient_inversion,
+    experiment_checks.marker_scan,
+    experiment_checks.ciphertext_reuse,
+    owner_checks.owner_code,
+    owner_checks.key_custody,
+    owner_checks.owner_ledgers,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,12 @@ ledger_app = typer.Typer(help="The privacy ledger of an owner.", no_args_is_help
 package_app = typer.Typer(help="Packaged models.", no_args_is_help=True)
 audit_app = typer.Typer(help="Audit reports.", no_args_is_help=True)
 data_app = typer.Typer(help="Example data.", no_args_is_help=True)
+
+
+FullDepth = Annotated[
+    bool,
+    typer.Option("--full/--quick", help="Up to ten minutes of experiments, or up to one, the default."),
+]
 
 
 @plan_app.command("check")
@@ -74,6 +80,72 @@ def package_verify(
     show_package(console, package, key)
 
 
+@audit_app.command("run")
+def audit_run(
+    subject: Annotated[
+        Path, typer.Argument(help="A plan.toml, or the folder or the name of an ended run.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")],
+    full: FullDepth = False,
+    owner: Annotated[
+        list[Path] | None, typer.Option(help="File of `fedseal audit owner`; once for each owner of a run.")
+    ] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="The coordinator's home, for the name of a run.")
+    ] = None,
+    public: Annotated[
+        Path | None, typer.Option(help="Public examples of the task; else the run's own, or the digits.")
+    ] = None,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Audit a plan by a simulated federation, or a run that has ended. Exit 0 PASS, 1 FAIL, 2 INCONCLUSIVE.
+
+    Tests, attacks and searches use made-up and public records. The report on a run is signed by the
+    coordinator's release key.
+    """
+    from console.audit import AuditOptions, run_audit
+
+    depth: Literal["quick", "full"] = "full" if full else "quick"
+    options = AuditOptions(subject, out, depth, owner or [], home, public, passphrase_file)
+    raise typer.Exit(run_audit(console, options))
+
+
+@audit_app.command("owner")
+def audit_owner(
+    home: Home,
+    out: Annotated[Path, typer.Option(help="File for the signed findings, the only thing to hand over.")],
+    plan: Annotated[Path | None, typer.Option(help="The plan.toml that they are about.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Or the run: its identifier as fedseal ledger show prints it.")
+    ] = None,
+    full: FullDepth = False,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Test the code installed at this owner, look at its keys and its ledger, and sign what was found.
+
+    No record of this owner is read and no budget is spent.
+    """
+    from console.audit import audit_owner as make_findings
+
+    if (plan is None) == (run is None):
+        raise typer.BadParameter("give either --plan PLAN or --run RUN")
+    depth: Literal["quick", "full"] = "full" if full else "quick"
+    subject = read_plan(plan) if plan is not None else str(run)
+    make_findings(console, home, subject, depth, out, passphrase_file)
+
+
+@audit_app.command("render")
+def audit_render(
+    report: Annotated[Path, typer.Argument(help="A report.json.")],
+    out: Annotated[Path, typer.Option(help="File for the page.", dir_okay=False)],
+    key: Annotated[Path | None, typer.Option(help="PEM of the signer's public key.")] = None,
+) -> None:
+    """Check a report as `verify` does, and write its page. Exit 0, whatever its verdict."""
+    from console.show import render_report
+
+    render_report(console, report, out, key)
+
+
 @audit_app.command("verify")
 def audit_verify(
     report: Annotated[Path, typer.Argument(help="A report.json.")],
@@ -83,6 +155,19 @@ def audit_verify(
     from console.show import show_report
 
     raise typer.Exit(show_report(console, report, key))
+
+
+@audit_app.command("selftest")
+def audit_selftest(
+    runs: Annotated[int, typer.Option(min=0, help="Correct runs, none of which may alarm.")] = 200,
+    file: Annotated[
+        Path | None, typer.Option("--json", help="File for all results.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Plant faults in the running code, one by one, and see that the audit notices each. Exit 0 or 1."""
+    from console.selftest import run_self_test
+
+    raise typer.Exit(0 if run_self_test(console, runs, file) else 1)
 
 
 @data_app.command("digits")

@@ -283,14 +283,27 @@ def show_package(console: Console, package: Path, key_file: Path) -> None:
     console.print(Text(verified.privacy.statement))
 
 
-def show_report(console: Console, report_file: Path, key_file: Path | None) -> int:
-    """Verify a report, print its verdict, and return the exit status that stands for it."""
+def render_report(console: Console, report_file: Path, page: Path, key_file: Path | None) -> None:
+    """Verify a report and write its page."""
+    from audit.report import write_page
+
+    report = _verified(report_file, key_file)
+    write_page(report, page)
+    console.print(Text(f"verified: {report['verdict']['status']}, page in {page}"))
+
+
+def _verified(report_file: Path, key_file: Path | None) -> dict[str, Any]:
     from audit.report import verify_report
-    from audit.verdict import exit_code
     from server.release import read_public_key
 
-    report = verify_report(report_file, None if key_file is None else read_public_key(key_file))
-    verdict = report["verdict"]
+    return verify_report(report_file, None if key_file is None else read_public_key(key_file))
+
+
+def show_report(console: Console, report_file: Path, key_file: Path | None) -> int:
+    """Verify a report, print its verdict, and return the exit status that stands for it."""
+    from audit.verdict import exit_code
+
+    verdict = _verified(report_file, key_file)["verdict"]
     console.print(f"verified: {verdict['status']}")
     for reason in verdict["reasons"]:
         console.print(Text(f"  {reason}"))

@@ -524,3 +524,21 @@ class CheckpointInvalid(FedsealError):
     what = "The checkpoint of the last finished round is missing or is not the recorded one."
     remedy = "Restore the run's folder from a backup, checkpoints and run.db together, or start a new run."
     exit_code = 7
+
+
+class FindingsRefused(FedsealError):
+    """An owner's findings are foreign, altered or about something else."""
+
+    code = "FS-AUDIT-02"
+    what = "An owner's findings were refused."
+    remedy = "Ask that owner for the file that fedseal audit owner wrote for this run, unchanged."
+    exit_code = 9
+
+
+class AuditUnfounded(FedsealError):
+    """An audit lacks what its experiments need."""
+
+    code = "FS-AUDIT-03"
+    what = "The audit cannot be made."
+    remedy = "Give what the detail names: public examples of the task by --public, or the run's --home."
+    exit_code = 9

@@ -37,12 +37,14 @@ class BenchmarkName(StrEnum):
     SEAL = "seal"
     PRIVACY = "privacy"
     ROUND = "round"
+    AUDIT = "audit"
 
 
 DEFAULT_SIZES: Final = {
     BenchmarkName.SEAL: (1_000_000, 8),
     BenchmarkName.PRIVACY: (1_000_000, 8),
     BenchmarkName.ROUND: (100_000, 3),
+    BenchmarkName.AUDIT: (1, 3),
 }
 """Length of an update and number of clients, where a person names none."""
 
@@ -56,7 +58,7 @@ def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, fil
         PeerUnusable: The peer's environment does not hold what the benchmark needs.
     """
     # imported here: the command line shows its help without numpy and the encryption library
-    from scenarios import bench_privacy, bench_round, bench_seal, bench_seal_targets
+    from scenarios import bench_audit, bench_privacy, bench_round, bench_seal, bench_seal_targets
 
     if file.is_dir() or not file.parent.is_dir():
         raise BenchmarkFailed("--json must name a file in a folder that exists")
@@ -68,6 +70,9 @@ def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, fil
         elif name is BenchmarkName.ROUND:
             evaluate = bench_round.evaluate_round
             jobs = (bench_round.build(size) for size in settings.sizes)
+        elif name is BenchmarkName.AUDIT:
+            evaluate = bench_audit.evaluate_audit
+            jobs = (bench_audit.build() for _ in range(1))
         else:
             evaluate = bench_privacy.evaluate_privacy
             jobs = (bench_privacy.build() for _ in range(1))

@@ -205,7 +205,8 @@ class RunStore:
         """Count encrypted frames that arrived, by their SHA-256; the frames are not kept."""
         with self.transaction():
             self._database.executemany(
-                "INSERT INTO ciphertexts VALUES (?, 1) ON CONFLICT (sha256) DO UPDATE SET times = times + 1",
+                "INSERT INTO ciphertexts VALUES (?, 1) "
+                "ON CONFLICT (sha256) DO UPDATE SET times = times + 1",
                 ((one,) for one in digests),
             )
 

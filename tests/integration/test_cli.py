@@ -71,6 +71,8 @@ PROMISED = {
     "ledger verify",
     "ledger adopt",
     "package verify",
+    "audit run",
+    "audit owner",
     "audit verify",
 }
 TERMINAL = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,8 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from audit.evidence import RunEvidence, flatten, unflatten
-from audit.report import build_report, sign_report, verify_report, write_report
+from audit.evidence import RunEvidence
+from audit.experiments import LabEvidence, OwnerFindings
+from audit.facts import flatten, unflatten
+from audit.findings import sign_findings
+from audit.inventory import installed
+from audit.report import build_report, sign_report, verify_report, write_page, write_report
 from crypto.certificates import fingerprint
 from crypto.signing import sign
 from protocol.accounting import epsilon_after
@@ -30,7 +35,10 @@ from tests.unit.audit_evidence import (
     credentials,
     evidence,
     evidence_fields,
+    findings,
+    findings_fields,
     get,
+    lab,
     leaves,
     opening_body,
     plan,
@@ -41,7 +49,7 @@ from tests.unit.audit_evidence import (
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 SCHEMA = json.loads(
-    (Path(__file__).parents[2] / "audit" / "schema" / "report-1.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[2] / "audit" / "schema" / "report-2.json").read_text(encoding="utf-8")
 )
 
 
@@ -56,7 +64,14 @@ def _short() -> dict[str, Any]:
     fields = evidence_fields("local", 5)
     fields |= {name: fields[name][:2] for name in ("transcript", "certificates", "keys")}
     fields["rounds"] = fields["rounds"][3:]
-    return build_report(RunEvidence.from_fields(fields), NOW, KEY)
+    found = lab("local", 5, 2).fields()
+    mechanism = found["mechanism"] | {
+        name: found["mechanism"][name][:1] for name in ("conformance", "bounds")
+    }
+    found |= {name: found[name][:2] for name in ("membership", "inversion", "markers")}
+    experiments = LabEvidence.from_fields(found | {"mechanism": mechanism})
+    signed = findings("local", 5, mechanism=mechanism)[:1]
+    return build_report(RunEvidence.from_fields(fields), NOW, KEY, experiments, signed)
 
 
 @pytest.fixture
@@ -134,6 +149,40 @@ def test_a_run_that_hardly_began_has_a_report(tmp_path: Path) -> None:
     assert verify_report(write_report(report, tmp_path)[0]) == report
 
 
+def test_experiments_and_findings_are_part_of_what_verifies(tmp_path: Path) -> None:
+    report = build_report(evidence(), NOW, KEY, lab(), findings())
+    assert report["verdict"] == {"status": "PASS", "reasons": []}
+    assert [entry["valid"] for entry in report["findings"]] == [True] * 4
+    assert verify_report(write_report(report, tmp_path)[0], KEY.public_key()) == report
+
+
+def test_findings_of_a_stranger_or_altered_ones_are_not_valid() -> None:
+    body = OwnerFindings.from_fields(findings_fields(OWNERS[0]))
+    stranger = sign_findings(Ed25519PrivateKey.generate(), body)
+    other = findings()[1]
+    altered = other.model_copy(update={"body": other.body | {"run": sha("another run")}})
+    renamed = findings()[2].model_copy(update={"kind": "statement"})
+    report = build_report(evidence(), NOW, None, lab(), [findings()[0], stranger, altered])
+    assert [entry["valid"] for entry in report["findings"]] == [True, False, False]
+    assert report["verdict"]["status"] == "FAIL"
+    with pytest.raises(ReportInvalid):
+        build_report(evidence(), NOW, None, None, [renamed])
+
+
+def test_a_page_can_be_made_again(tmp_path: Path) -> None:
+    report = build_report(evidence(), NOW, None, lab(), findings())
+    first = write_report(report, tmp_path)[1]
+    write_page(report, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == first.read_text()
+
+
+def test_the_bill_of_materials_lists_what_is_installed() -> None:
+    found = {package.name.lower(): package for package in installed()}
+    assert found["cryptography"].version == importlib.metadata.version("cryptography")
+    assert found["pydantic"].licence == "MIT"
+    assert len(found) == len(installed())
+
+
 # --- every leaf --------------------------------------------------------------------------------------
 
 
@@ -149,9 +198,10 @@ def test_every_changed_leaf_is_found(tmp_path: Path) -> None:
 
 def test_every_changed_conclusion_is_found_even_when_signed_again(tmp_path: Path) -> None:
     report = _short()
-    derived = ("promise", "claims", "spending", "checks", "verdict")
+    derived = ("promise", "claims", "spending", "checks", "verdict", "reproduce")
     places = [place for place in leaves(report) if place[0] in derived]
     places += [("rounds", i, "agreeing_openings") for i in range(len(report["rounds"]))]
+    places += [("findings", 0, "valid")]
     places += [("subject", "plan_hash_recomputed"), ("subject", "initial_model_hash_planned")]
     for place in places:
         forged = sign_report(put(report, place, changed(get(report, place))), KEY)

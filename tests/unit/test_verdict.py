@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audit.report import build_report
-from audit.verdict import EXIT_CODES, checks, exit_code, recompute, verdict
-from tests.unit.audit_evidence import NOW, evidence
+from audit.verdict import EXIT_CODES, SIMULATED, checks, exit_code, recompute, verdict
+from tests.unit.audit_evidence import NOW, evidence, findings, lab
 
-MISSING = {"noise-conformance", "lower-bounds"}
+MISSING = {
+    "mechanism-conformance", "lower-bounds", "membership-inference", "gradient-inversion", "marker-scan",
+    "ciphertext-reuse", "owner-code", "key-custody", "owner-ledgers",
+}  # fmt: skip
 
 
 def check(status: str, title: str = "A", gap: str = "why") -> dict[str, str]:
@@ -23,7 +26,7 @@ def check(status: str, title: str = "A", gap: str = "why") -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _report() -> dict[str, Any]:
-    return build_report(evidence(), NOW)
+    return build_report(evidence(), NOW, None, lab(), findings())
 
 
 @pytest.fixture
@@ -70,17 +73,38 @@ def test_one_more_check_never_makes_the_verdict_better(statuses: list[str], more
     assert not statuses or rank[after] >= rank[before]
 
 
-def test_a_clean_run_is_inconclusive_for_two_stated_reasons(report: dict[str, Any]) -> None:
+def test_a_run_without_experiments_is_inconclusive_and_says_what_to_run() -> None:
+    report = build_report(evidence(), NOW)
     assert {item["id"] for item in report["checks"] if item["status"] == "missing"} == MISSING
     assert {item["status"] for item in report["checks"]} == {"pass", "missing"}
     assert report["verdict"]["status"] == "INCONCLUSIVE"
-    assert len(report["verdict"]["reasons"]) == 2
-    assert all("not part of this version" in reason for reason in report["verdict"]["reasons"])
+    assert all("fedseal audit" in reason for reason in report["verdict"]["reasons"])
+
+
+def test_a_clean_run_with_experiments_passes(report: dict[str, Any]) -> None:
+    assert {item["status"] for item in report["checks"]} == {"pass"}
+    assert report["verdict"] == {"status": "PASS", "reasons": []}
+
+
+def test_a_simulation_says_so_first_and_needs_no_network() -> None:
+    report = build_report(evidence(kind="simulation"), NOW, None, lab())
+    assert report["verdict"] == {"status": "PASS", "reasons": [SIMULATED]}
+    assert {item["id"] for item in report["checks"] if item["status"] == "not applicable"} == {
+        "tls", "certificates", "no-server-key", "owner-code", "key-custody", "owner-ledgers",
+    }  # fmt: skip
+    bare = build_report(evidence(kind="simulation"), NOW)["verdict"]
+    assert (bare["status"], bare["reasons"][0]) == ("INCONCLUSIVE", SIMULATED)
+
+
+def test_what_does_not_apply_counts_for_nothing() -> None:
+    assert verdict([check("not applicable")])["status"] == "INCONCLUSIVE"
+    assert verdict([check("not applicable"), check("pass")])["status"] == "PASS"
 
 
 def test_recompute_ignores_what_the_report_says_of_itself(report: dict[str, Any]) -> None:
     report["verdict"] = {"status": "PASS", "reasons": []}
     report["checks"] = [check("pass")]
+    report["laboratory"] = None
     assert recompute(report)["status"] == "INCONCLUSIVE"
 
 
