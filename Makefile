@@ -37,10 +37,10 @@ demo: $(STAMP) ## Run a whole federation on this machine into OUT (demo-out)
 test: $(STAMP) ## Run the tests, except the long ones
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
 	  echo "fedseal: hint: with the package chromium the report is also tested in a browser"
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'not long'
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not long'
 
 test-long: $(STAMP) ## Run all tests, the long ones too
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## Check style, types and the installed packages
 	$(BIN)/ruff check

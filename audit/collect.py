@@ -24,7 +24,6 @@ from audit.evidence import (
 from audit.inventory import environment
 from crypto.agreement import signed_hash
 from crypto.certificates import describe
-from crypto.presets import packing_for
 from protocol.claims import adjacency, planned_worst
 from protocol.encoding import digest_bytes
 from protocol.errors import ReportInvalid
@@ -72,7 +71,7 @@ def collect(
         finished_at=store.get("finished_at"),
         model_hash=store.read_checkpoint(finished).sha256(),
         initial_model_hash=initial,
-        encryption=_encryption(plan, store.get("frame_bytes")),
+        encryption=EncryptionEvidence.of_plan(plan, store.get("frame_bytes")),
         rounds=[_round(facts) for facts in attempts],
         owners=[_owner(print_, facts, plan) for print_, facts in store.owners().items()],
         transcript=[TranscriptEntry.from_fields(row) for row in store.transcript()],
@@ -84,22 +83,6 @@ def collect(
         listening=[Socket.from_fields(row) for row in store.get("listening", [])],
         deployment=deployment,
         environment=environment(),
-    )
-
-
-def _encryption(plan: Plan, frame_bytes: int | None) -> EncryptionEvidence:
-    packing = packing_for(plan.encryption.preset, plan.cohort.maximum)
-    return EncryptionEvidence(
-        scheme=packing.preset.scheme,
-        preset=packing.preset.name,
-        poly_modulus_degree=packing.preset.poly_modulus_degree,
-        coefficient_modulus_bits=packing.preset.coefficient_modulus.bit_length(),
-        plain_modulus_bits=packing.plain_modulus.bit_length(),
-        security_level_bits=packing.preset.security_bits,
-        exact=packing.preset.scheme == "BFV",
-        frames=plan.encryption.frames,
-        frame_bytes=frame_bytes,
-        values_per_frame=packing.values_per_frame,
     )
 
 

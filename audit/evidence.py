@@ -21,13 +21,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crypto.certificates import fingerprint
+from crypto.presets import packing_for
 from crypto.signing import verify
 from protocol.claims import Adjacency, Unit
 from protocol.encoding import Blob, Digest, digest_bytes
 from protocol.errors import EncodingInvalid, ReportInvalid, SignatureInvalid
 from protocol.evaluation import COUNTS
 from protocol.messages import Count, Fingerprint, LedgerHead, Opening, Purpose, Signed, Statement
-from protocol.plan import first_problem
+from protocol.plan import Plan, first_problem
 
 Text = Annotated[str, Field(max_length=512)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -99,6 +100,23 @@ class EncryptionEvidence(Evidence):
     frames: Literal["packed", "seal"]
     frame_bytes: Count | None
     values_per_frame: Count
+
+    @classmethod
+    def of_plan(cls, plan: Plan, frame_bytes: int | None) -> Self:
+        """Return what a plan orders, with the length of its frames as it was checked."""
+        packing = packing_for(plan.encryption.preset, plan.cohort.maximum)
+        return cls(
+            scheme=packing.preset.scheme,
+            preset=packing.preset.name,
+            poly_modulus_degree=packing.preset.poly_modulus_degree,
+            coefficient_modulus_bits=packing.preset.coefficient_modulus.bit_length(),
+            plain_modulus_bits=packing.plain_modulus.bit_length(),
+            security_level_bits=packing.preset.security_bits,
+            exact=packing.preset.scheme == "BFV",
+            frames=plan.encryption.frames,
+            frame_bytes=frame_bytes,
+            values_per_frame=packing.values_per_frame,
+        )
 
 
 class PhaseSeconds(Evidence):

@@ -2,15 +2,19 @@
 
 No check trusts an experiment that cannot fail: each needs its control, which shows that the same attack
 finds something where protection is off. A lower bound or an interval is judged, never a point estimate.
+Limits are constants here, or stand in the evidence and are never above the plan's promise: evidence with
+others is refused by `audit.contradictions`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Any, get_args
 
 from audit.check import Check, Report, not_applicable, result
 from audit.experiments import REQUIRED_TESTS, Place
+from audit.judging import THRESHOLD
 from audit.words import odds
 
 REMEDY = "Run “fedseal audit run” and read its report instead of this one."
@@ -18,14 +22,32 @@ REMEDY = "Run “fedseal audit run” and read its report instead of this one."
 LEAST_CONFIDENCE = 0.95
 """Smallest accepted probability with which a lower bound holds."""
 
-LEAST_THRESHOLD = 1e-9
-"""A test with a smaller threshold would hardly ever fail."""
+LEAST_CANARIES = 100
+"""A bound from fewer is below almost every claim."""
+
+LEAST_RECORDS = 100
+"""Of fewer outsiders, one in a hundred is nobody."""
 
 FALSE_POSITIVE_RATE = 0.01
 """False positive rate at which membership inference is judged; guessing has as many true positives."""
 
 CONTROLLED = ("update", "opened sum")
 """Observers for whom a lower bound must have a working control."""
+
+OBSERVERS = ("update", "wire", "opened sum")
+"""Observers for whom there must be a lower bound in any plan."""
+
+MEMBERSHIP = tuple(
+    product(
+        ("LiRA", "RMIA"),
+        ("without protection", "as planned"),
+        ("all records", "most exposed records"),
+    )
+)
+"""Attack, model and group without which nothing is known of membership inference."""
+
+INVERSION = ("optimization", "imprint")
+"""Attacks that can be made on an update of any model."""
 
 _NO_PROMISE = "The plan promises no limit that could be exceeded."
 _TOLERANCE = 1 + 1e-6
@@ -38,17 +60,29 @@ def untested(report: Report, mechanism: dict[str, Any]) -> tuple[list[str], list
         report: The report, for what its plan promises.
         mechanism: Mechanism evidence as the report spells it.
     """
-    promise, tests = report["promise"], mechanism["conformance"]
-    needed = list(REQUIRED_TESTS["always"])
-    needed += REQUIRED_TESTS["noise"] if promise["noise"] != "none" else ()
-    deviating = sorted({test["test"] for test in tests if test["p_value"] < test["threshold"]})
-    judged = {test["test"] for test in tests if test["threshold"] >= LEAST_THRESHOLD}
-    absent = [name for name in needed if name not in judged]
+    tests = mechanism["conformance"]
+    deviating = sorted({t["test"] for t in tests if t["p_value"] < max(t["threshold"], THRESHOLD)})
+    judged = {t["test"] for t in tests if t["threshold"] >= THRESHOLD and t["samples"] > 0}
+    absent = [name for name in required_tests(report) if name not in judged]
     failed = [f"The mechanism deviates from the plan in: {', '.join(deviating)}."] if deviating else []
     missing = [f"These tests are missing: {', '.join(absent)}."] if absent else []
     if mechanism["plan_hash"] != report["subject"]["plan_hash"]:
         missing.append("Another plan was tested.")
     return failed, missing
+
+
+def required_tests(report: Report) -> list[str]:
+    """Return the names of the tests that a report's plan needs, of `REQUIRED_TESTS`."""
+    promise = report["promise"]
+    noisy = promise["noise"] != "none"
+    needed = {
+        "always": True,
+        "noise": noisy,
+        "noise per example": noisy and promise["unit"] == "example",
+        "sampling": promise["sample_rate"] < 1.0,
+        "BFV": report["encryption"]["scheme"] == "BFV",
+    }
+    return [name for group, names in REQUIRED_TESTS.items() if needed[group] for name in names]
 
 
 def mechanism_conformance(report: Report) -> Check:
@@ -84,6 +118,8 @@ def lower_bounds(report: Report) -> Check:
     failed = [
         f"{_observer(b)}: at least {b['epsilon']:.3g} where {b['claimed']:.3g} is claimed." for b in above
     ]
+    watching = OBSERVERS + (("exported model",) if report["promise"]["unit"] == "example" else ())
+    absent = [name for name in watching if not any(b["observer"] == name for b in counted)]
     missing = []
     if not bounds:
         missing.append(REMEDY)
@@ -92,8 +128,13 @@ def lower_bounds(report: Report) -> Check:
             f"No bound for {' and '.join(unseen)} exceeds the claim when the noise is off, with its "
             "smallest detectable epsilon stated. Such a bound shows nothing."
         )
+    elif absent:
+        missing.append(f"No bound for: {', '.join(absent)}.")
     if weak:
-        missing.append(f"{len(weak)} bounds have no claim, too little confidence or another delta.")
+        missing.append(
+            f"{len(weak)} bounds have no claim, too little confidence, another delta or fewer than "
+            f"{LEAST_CANARIES} canaries."
+        )
     largest = max((b["epsilon"] for b in bounds), default=0.0)
     confidence = min((b["confidence"] for b in bounds), default=0.0)
     return result(
@@ -110,11 +151,13 @@ def lower_bounds(report: Report) -> Check:
 
 
 def all_bounds(report: Report) -> list[dict[str, Any]]:
-    """Return the lower bounds of the laboratory and those in validly signed findings of owners."""
-    found = [] if report["laboratory"] is None else list(report["laboratory"]["mechanism"]["bounds"])
+    """Return the bounds for this plan: the laboratory's, and those that owners signed for this run."""
+    subject, lab = report["subject"], report["laboratory"]
+    made = [] if lab is None else [lab["mechanism"]]
     for finding in report["findings"]:
-        found += finding["body"]["mechanism"]["bounds"] if finding["valid"] else []
-    return found
+        if finding["valid"] and finding["body"]["run"] in (None, subject["run"]):
+            made.append(finding["body"]["mechanism"])
+    return [bound for m in made if m["plan_hash"] == subject["plan_hash"] for bound in m["bounds"]]
 
 
 def alarms(bound: dict[str, Any]) -> bool:
@@ -124,11 +167,11 @@ def alarms(bound: dict[str, Any]) -> bool:
 
 
 def _bound_counts(report: Report, bound: dict[str, Any]) -> bool:
-    promise = report["promise"]
     return bool(
         bound["claimed"] is not None
         and bound["confidence"] >= LEAST_CONFIDENCE
-        and bound["delta"] <= promise["delta"] * _TOLERANCE
+        and bound["delta"] <= report["promise"]["delta"] * _TOLERANCE
+        and bound["canaries"] >= LEAST_CANARIES
     )
 
 
@@ -150,6 +193,10 @@ def membership_inference(report: Report) -> Check:
         missing.append(REMEDY)
     elif not working:
         missing.append("No attack finds members of a model without protection. Such attacks show nothing.")
+    elif absent := [" ".join(parts) for parts in MEMBERSHIP if not _tried(attacks, parts)]:
+        missing.append(f"Not tried: {', '.join(absent)}.")
+    if any(_small(attack) for attack in attacks):
+        missing.append(f"Attacks were made on fewer than {LEAST_RECORDS} members or outsiders.")
     if any(a["ceiling_at_1_percent"] is None for a in protected):
         missing.append("For some attacks it is not stated what the promise allows.")
     best = max((_rate(a, "value") for a in protected), default=0.0)
@@ -165,6 +212,15 @@ def membership_inference(report: Report) -> Check:
         missing=missing,
         limit="Made with public records. Better attacks may exist; the promise covers those too.",
     )
+
+
+def _tried(attacks: Iterable[dict[str, Any]], parts: tuple[str, str, str]) -> bool:
+    return any((a["attack"], a["model"], a["group"]) == parts for a in attacks)
+
+
+def _small(attack: dict[str, Any]) -> bool:
+    fewest = min(attack["members"], attack["outsiders"])
+    return bool(attack["group"] == "all records" and fewest < LEAST_RECORDS)
 
 
 def membership_control_works(attack: dict[str, Any], attacks: Iterable[dict[str, Any]]) -> bool:
@@ -200,14 +256,15 @@ def gradient_inversion(report: Report) -> Check:
     watched = ["received by the coordinator"] + (["private update"] if noisy else [])
     rebuilt = [a for a in attacks if a["observed"] in watched and a["rebuilt"]]
     control = max((a["rebuilt"] for a in attacks if a["observed"] == "plain update"), default=0)
-    absent = [name for name in watched if not any(a["observed"] == name for a in attacks)]
+    made = {(a["attack"], a["observed"]) for a in attacks}
+    absent = [pair for pair in product(INVERSION, ["plain update", *watched]) if pair not in made]
     missing = []
     if not attacks:
         missing.append(REMEDY)
     elif not control:
         missing.append("The attacks rebuild nothing from a plain update either. They show nothing.")
     elif absent:
-        missing.append(f"Nothing was tried on: {', '.join(absent)}.")
+        missing.append(f"Not tried: {', '.join(' on '.join(pair) for pair in absent)}.")
     return result(
         identifier,
         title,
@@ -226,42 +283,38 @@ def marker_scan(report: Report) -> Check:
     """Check that planted values were found nowhere, and that the search finds them without encryption."""
     scans = [] if report["laboratory"] is None else report["laboratory"]["markers"]
     found = [f"{scan['hits']} in {scan['place']}" for scan in scans if scan["hits"]]
-    absent = [place for place in get_args(Place) if not any(_searched(s, place) for s in scans)]
-    blind = [scan["place"] for scan in scans if scan["control_hits"] == 0]
-    if scans and not any(scan["place"] == "wire" and scan["control_hits"] for scan in scans):
-        blind.append("wire")
+    searched = [scan for scan in scans if scan["markers"] > 0 and scan["searched_bytes"] > 0]
+    absent = [place for place in get_args(Place) if not any(s["place"] == place for s in searched)]
+    working = {scan["place"] for scan in searched if scan["control_hits"]}
+    blind = sorted({scan["place"] for scan in searched} - working)
     missing = [REMEDY] if not scans else []
     if scans and absent:
         missing.append(f"Not searched: {', '.join(absent)}.")
     if blind:
         missing.append(f"The search finds nothing without encryption either in: {', '.join(blind)}.")
-    searched = sum(scan["searched_bytes"] for scan in scans)
+    size = sum(scan["searched_bytes"] for scan in scans)
     control = sum(scan["control_hits"] or 0 for scan in scans)
     return result(
         "marker-scan",
         "Values planted in updates were found nowhere outside their owner",
-        f"{searched / 1e6:.0f} MB in {len(scans)} places. Its controls find {control}."
-        if scans
-        else "None.",
+        f"{size / 1e6:.0f} MB in {len(scans)} places. Its controls find {control}." if scans else "None.",
         failed=[f"Planted values were found: {', '.join(found)}."] if found else [],
         missing=missing,
         limit="A value in a spelling that was not searched for would be overlooked.",
     )
 
 
-def _searched(scan: dict[str, Any], place: str) -> bool:
-    return bool(scan["place"] == place and scan["markers"] > 0)
-
-
 def ciphertext_reuse(report: Report) -> Check:
-    """Check that no encrypted frame arrived twice."""
+    """Check that no encrypted frame arrived twice, and that as many were compared as were in the sums."""
     lab = report["laboratory"]
+    summed = sum(len(entry["contributors"]) for entry in report["rounds"] if not entry["void"])
+    short = "Fewer frames were compared than owners sent updates that are in the sums."
     count, repeated = (0, 0) if lab is None else (lab["ciphertexts"], lab["ciphertexts_repeated"])
     return result(
         "ciphertext-reuse",
         "No ciphertext was used twice",
         f"{count} encrypted frames were compared." if count else "None.",
         failed=[f"{repeated} frames had arrived before."] if repeated else [],
-        missing=[] if count else [REMEDY],
+        missing=[] if count >= max(1, summed) else [short if count else REMEDY],
         limit="Equal frames are found. Equal keys behind different frames are not.",
     )

@@ -60,20 +60,26 @@ def key_custody(report: Report) -> Check:
     listed = [key for bodies in found.values() for body in bodies for key in body["custody"]]
     stored = [key for key in listed + report["keys"] if key["place"] != "memory"]
     plain = [key for key in stored if not key["encrypted_at_rest"]]
-    opened = [key for key in stored if key["mode"] is not None and not closed(key["mode"])]
+    opened = [key for key in stored if key["mode"] is None or not closed(key["mode"])]
     failed = _unsigned(report)
     failed += [f"Not encrypted on disk: {_names(plain)}."] if plain else []
     failed += [f"Open to other users: {_names(opened)}."] if opened else []
-    kept = {name: [body for body in bodies if body["custody"]] for name, bodies in found.items()}
+    kept = {name: [key for body in bodies for key in _stored(body)] for name, bodies in found.items()}
+    own = [key for key in report["keys"] if key["holder"] == "coordinator" and key["place"] != "memory"]
     return result(
         identifier,
         title,
         f"{len(stored)} secrets on disk, {len(listed + report['keys']) - len(stored)} in memory only, as "
         "their holders found them.",
         failed=failed,
-        missing=_silent(report, kept, "findings about keys"),
+        missing=_silent(report, kept, "findings about keys")
+        + ([] if own else ["The coordinator's own keys are not on record."]),
         limit="Whoever controls a holder's machine while it runs can read its memory.",
     )
+
+
+def _stored(body: dict[str, Any]) -> list[dict[str, Any]]:
+    return [key for key in body["custody"] if key["place"] != "memory"]
 
 
 def closed(mode: str) -> bool:

@@ -25,10 +25,8 @@ from jsonschema import Draft202012Validator
 
 from audit import render
 from audit.claims import claim, close, estimate, promise, spent_epsilon
-from audit.evidence import (
-    RunEvidence,
-    parse_time,
-)
+from audit.contradictions import refuse_contradictions
+from audit.evidence import EncryptionEvidence, RunEvidence, parse_time
 from audit.experiments import LabEvidence
 from audit.facts import flatten, unflatten
 from audit.findings import finding
@@ -96,11 +94,13 @@ def build_report(
         A JSON value that fits ``audit/schema/report-2.json``, without NaN or infinity.
 
     Raises:
-        ReportInvalid: The evidence contradicts its own types, for example a plan that is not one.
+        ReportInvalid: The evidence contradicts its own types or its plan, for example a plan that is not
+            one, or another encryption.
         PlanInvalid: The plan in the evidence is not valid or not resolved.
     """
     plan = Plan.from_fields(evidence.plan)
     _check_counts(evidence, plan)
+    _check_encryption(evidence, plan)
     fields = evidence.fields()
     report: dict[str, Any] = {
         "schema": SCHEMA_ID,
@@ -117,6 +117,7 @@ def build_report(
         "findings": [finding(signed, _owner_keys(evidence)) for signed in findings],
     }
     report |= {name: fields[name] for name in _SAME}
+    refuse_contradictions(report)
     report["reproduce"] = commands(report)
     report["checks"] = checks(report)
     report["verdict"] = verdict(report["checks"], evidence.kind)
@@ -252,6 +253,12 @@ def _check_counts(evidence: RunEvidence, plan: Plan) -> None:
         raise ReportInvalid("the evidence counts more attempts than the plan allows")
     if max((owner.sealed_evaluations for owner in evidence.owners), default=0) > plan.paid_evaluations:
         raise ReportInvalid("the evidence counts more evaluations than the plan allows")
+
+
+def _check_encryption(evidence: RunEvidence, plan: Plan) -> None:
+    """Refuse any other encryption than the plan's: its strength is not for the coordinator to state."""
+    if evidence.encryption != EncryptionEvidence.of_plan(plan, evidence.encryption.frame_bytes):
+        raise ReportInvalid("the encryption on record is not the one of the plan")
 
 
 def _evidence_of(report: dict[str, Any]) -> RunEvidence:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from audit.bounds import clopper_pearson_upper
 from audit.experiments import Rate
@@ -34,6 +33,8 @@ def area(members: Floats, outsiders: Floats) -> float:
         members: Scores, shape (n,), n >= 1.
         outsiders: Scores, shape (m,), m >= 1.
     """
+    from scipy.stats import rankdata
+
     ranks = rankdata(np.concatenate([members, outsiders]))
     n, m = len(members), len(outsiders)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))

@@ -221,6 +221,22 @@ def test_a_signer_of_the_report_cannot_forge_owners_words(
         verify_report(stored(sign_report(report, KEY), tmp_path), KEY.public_key())
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("security_level_bits", 128),
+        ("scheme", "CKKS"),
+        ("preset", "compact"),
+        ("values_per_frame", 9000),
+        ("frames", "seal"),
+    ],
+)
+def test_another_encryption_than_the_plans_is_refused(field: str, value: Any) -> None:
+    stated = evidence_fields()["encryption"] | {field: value}
+    with pytest.raises(ReportInvalid, match="encryption"):
+        build_report(evidence(encryption=stated), NOW, KEY)
+
+
 def test_a_removed_check_is_found(report: dict[str, Any], tmp_path: Path) -> None:
     report["checks"] = [item for item in report["checks"] if item["status"] == "pass"]
     report["verdict"] = {"status": "PASS", "reasons": []}

@@ -9,11 +9,12 @@ import pytest
 
 from audit.conformance import training_tests
 from audit.correlations import across, along, between
-from audit.experiments import REQUIRED_TESTS
+from audit.experiment_checks import required_tests
 from audit.judging import THRESHOLD, exactly, judged, uniformity
 from audit.protections import protection_tests
 from audit.record_tests import Sample, participations
 from audit.selftest import failed, small_plan
+from crypto.presets import packing_for
 from protocol.plan import Plan
 from tasks.resolve import resolve
 
@@ -50,8 +51,14 @@ def test_the_shipped_code_conforms_to_every_kind_of_plan(name: str) -> None:
     assert failed(tests) == []
     names = [test.test for test in tests]
     assert len(set(names)) == len(names)
-    needed = {*REQUIRED_TESTS["always"], *(REQUIRED_TESTS["noise"] if name != "none" else ())}
-    assert needed <= set(names)
+    promise = {
+        "noise": plan.privacy.noise,
+        "unit": plan.privacy.unit,
+        "sample_rate": plan.privacy.sample_rate,
+    }
+    scheme = packing_for(plan.encryption.preset, plan.cohort.maximum).preset.scheme
+    needed = set(required_tests({"promise": promise, "encryption": {"scheme": scheme}}))
+    assert needed == {*names, "export-independent"}
     assert all(test.threshold == THRESHOLD for test in tests)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,14 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from jsonschema import ValidationError
 
-from audit.report import build_report, sign_report, write_report
+from audit.contradictions import promised_rate, refuse_contradictions
+from audit.experiments import REQUIRED_TESTS
+from audit.report import build_report, sign_report, verify_report, write_report
+from audit.roc import ceiling
 from audit.verdict import checks, verdict
+from protocol.errors import ReportInvalid
 from tests import independent_verifier
 from tests.unit.audit_evidence import NOW, OWNERS, evidence, findings, lab, mechanism_fields, put, sha
 from tests.unit.test_audit import stored
@@ -78,6 +84,30 @@ def without(section: str, **chosen: Any) -> Change:
     return change
 
 
+def named_twice(contributors: list[str]) -> None:
+    """Put one owner's name in another's place; the signed number of contributors stays the same."""
+    contributors[0] = contributors[1]
+
+
+def bounds_of_an_owner(
+    report: dict[str, Any], run: str | None = None, plan_hash: str | None = None
+) -> None:
+    """Move the laboratory's bounds into findings of an owner that are about something else."""
+    mechanism = report["laboratory"]["mechanism"]
+    body = report["findings"][0]["body"]
+    body["mechanism"]["bounds"], mechanism["bounds"] = mechanism["bounds"], []
+    body["run"] = run or body["run"]
+    body["mechanism"]["plan_hash"] = plan_hash or body["mechanism"]["plan_hash"]
+
+
+def only_memory(custody: list[dict[str, Any]]) -> None:
+    custody[:] = [key for key in custody if key["place"] == "memory"]
+
+
+def only_owners(certificates: list[dict[str, Any]]) -> None:
+    certificates[:] = [one for one in certificates if one["role"] != "server"]
+
+
 OWN = ("findings", 0, "body")
 PLANNED, CONTROL = {"model": "as planned"}, {"model": "without protection"}
 UPDATE, SUM = {"observer": "update"}, {"observer": "opened sum"}
@@ -85,6 +115,8 @@ UPDATE, SUM = {"observer": "update"}, {"observer": "opened sum"}
 BROKEN: list[tuple[str, Change]] = [
     ("mechanism-conformance", of("conformance", {"test": "noise-scale"}, p_value=1e-7)),
     ("lower-bounds", of("bounds", {"method": "Clopper-Pearson, Gaussian"} | UPDATE, epsilon=1.99)),
+    ("mechanism-conformance", of("conformance", {"test": "clip"}, p_value=1e-8, threshold=1e-9)),
+    ("mechanism-conformance", of("conformance", {"test": "clip"}, p_value=0.0, threshold=0.0)),
     ("lower-bounds", of("bounds", {"observer": "wire"}, epsilon=2.1)),
     (
         "lower-bounds",
@@ -103,6 +135,7 @@ BROKEN: list[tuple[str, Change]] = [
     ("key-custody", at(*OWN, "custody", 0, "mode", value="0640")),
     ("key-custody", at(*OWN, "custody", 0, "mode", value="0604")),
     ("key-custody", at(*OWN, "custody", 0, "encrypted_at_rest", value=False)),
+    ("key-custody", at(*OWN, "custody", 0, "mode", value=None)),
     ("key-custody", at("keys", 3, "encrypted_at_rest", value=False)),
     ("owner-ledgers", at(*OWN, "ledger", "spent_epsilon", value=6.1)),
     ("owner-ledgers", at(*OWN, "ledger", "spent_epsilon", value=None)),
@@ -116,6 +149,13 @@ LACKING: list[tuple[str, Change]] = [
     ("mechanism-conformance", at("laboratory", value=None)),
     ("mechanism-conformance", without("conformance", test="noise-across-owners")),
     ("mechanism-conformance", of("conformance", {"test": "clip"}, threshold=0.0)),
+    ("mechanism-conformance", of("conformance", {"test": "clip"}, threshold=1e-9)),
+    ("mechanism-conformance", of("conformance", {"test": "clip"}, samples=0)),
+    *(
+        ("mechanism-conformance", without("conformance", test=test))
+        for group in REQUIRED_TESTS.values()
+        for test in group
+    ),
     ("mechanism-conformance", at("laboratory", "mechanism", "plan_hash", value=sha("other plan"))),
     ("lower-bounds", at("laboratory", "mechanism", "bounds", value=[])),
     ("lower-bounds", of("bounds", UPDATE, control=1.9)),
@@ -124,23 +164,40 @@ LACKING: list[tuple[str, Change]] = [
     ("lower-bounds", of("bounds", {"observer": "exported model"}, confidence=0.8)),
     ("lower-bounds", of("bounds", {"observer": "exported model"}, claimed=None)),
     ("lower-bounds", of("bounds", {"observer": "exported model"}, delta=1e-3)),
+    ("lower-bounds", of("bounds", {"observer": "exported model"}, canaries=10)),
+    ("lower-bounds", without("bounds", observer="exported model")),
+    ("lower-bounds", without("bounds", observer="wire")),
+    ("lower-bounds", lambda report: bounds_of_an_owner(report, run=sha("another run"))),
+    ("lower-bounds", lambda report: bounds_of_an_owner(report, plan_hash=sha("another plan"))),
     ("membership-inference", at("laboratory", "membership", value=[])),
     ("membership-inference", of("membership", CONTROL, tpr_at_1_percent=rate(0.02, 0.009))),
     ("membership-inference", of("membership", CONTROL, tpr_at_1_percent=rate(0.02, 0.011))),
     ("membership-inference", without("membership", model="without protection")),
     ("membership-inference", of("membership", {"model": "exported"}, ceiling_at_1_percent=None)),
+    ("membership-inference", without("membership", attack="LiRA")),
+    ("membership-inference", without("membership", attack="RMIA", group="most exposed records")),
+    ("membership-inference", of("membership", PLANNED, members=20)),
+    ("membership-inference", of("membership", PLANNED, outsiders=99)),
     ("gradient-inversion", of("inversion", {"observed": "plain update"}, rebuilt=0)),
     ("gradient-inversion", without("inversion", observed="private update")),
     ("gradient-inversion", without("inversion", observed="received by the coordinator")),
+    ("gradient-inversion", without("inversion", attack="imprint", observed="private update")),
+    ("gradient-inversion", without("inversion", attack="optimization")),
     ("marker-scan", without("markers", place="coordinator memory")),
     ("marker-scan", of("markers", {"place": "reports"}, markers=0)),
     ("marker-scan", of("markers", {"place": "disk"}, control_hits=0)),
     ("marker-scan", of("markers", {"place": "wire"}, control_hits=None)),
+    ("marker-scan", of("markers", {"place": "disk"}, control_hits=None)),
+    ("marker-scan", of("markers", {"place": "coordinator memory"}, searched_bytes=0)),
     ("ciphertext-reuse", at("laboratory", "ciphertexts", value=0)),
+    ("ciphertext-reuse", at("laboratory", "ciphertexts", value=29)),
     ("owner-code", at("findings", value=[])),
     ("owner-code", at(*OWN, "run", value=sha("another run"))),
     ("owner-code", at(*OWN, "mechanism", "conformance", value=[])),
     ("key-custody", at(*OWN, "custody", value=[])),
+    ("key-custody", lambda report: only_memory(report["findings"][0]["body"]["custody"])),
+    ("key-custody", at("keys", value=[])),
+    ("certificates", lambda report: only_owners(report["certificates"])),
     ("owner-ledgers", at(*OWN, "ledger", value=None)),
 ]
 
@@ -171,6 +228,56 @@ def test_a_bound_below_its_claim_is_no_fault_even_if_its_control_fails(report: d
 def test_a_point_estimate_above_the_ceiling_is_no_verdict(report: dict[str, Any]) -> None:
     of("membership", PLANNED, tpr_at_1_percent=rate(0.09, 0.05))(report)
     assert status_of(report, "membership-inference") == "pass"
+
+
+CONTRADICTIONS: list[Change] = [
+    at("rounds", 8, "round", value=7),
+    at("rounds", 8, "round", value=9),
+    at("rounds", 8, "attempt", value=8),
+    lambda report: named_twice(report["rounds"][0]["contributors"]),
+    of("bounds", SUM, epsilon=2.1, claimed=50.0, control=60.0),
+    of("bounds", UPDATE, claimed=50.0, control=60.0),
+    of("bounds", {"observer": "exported model"}, claimed=2.1),
+    of("membership", PLANNED, tpr_at_1_percent=rate(0.2, 0.08), ceiling_at_1_percent=0.9997),
+    of("membership", {"model": "exported"}, ceiling_at_1_percent=0.08),
+]
+
+
+@pytest.mark.parametrize("change", CONTRADICTIONS)
+def test_a_limit_that_is_not_the_plans_and_a_round_told_twice_are_refused(
+    report: dict[str, Any], tmp_path: Path, change: Change
+) -> None:
+    refuse_contradictions(report)
+    change(report)
+    with pytest.raises(ReportInvalid, match=r"twice|more than the plan promises"):
+        refuse_contradictions(report)
+    with pytest.raises(ReportInvalid):
+        verify_report(stored(sign_report(report, KEY), tmp_path))
+
+
+def test_the_promised_rate_is_the_ceiling_of_the_promise(report: dict[str, Any]) -> None:
+    delta = report["promise"]["delta"]
+    assert promised_rate(report) == pytest.approx(ceiling(2.0, delta, 0.01))
+    report["promise"]["unit"] = "client"
+    assert promised_rate(report) == pytest.approx(ceiling(4.0, delta * (1 + math.exp(2.0)), 0.01))
+    report["promise"]["epsilon"] = "inf"
+    assert promised_rate(report) == 1.0
+
+
+def test_the_schema_names_the_required_tests() -> None:
+    groups = independent_verifier.TESTS
+    assert {name: tuple(group["enum"]) for name, group in groups.items()} == REQUIRED_TESTS
+
+
+def test_an_experiment_counts_for_the_plans_that_can_make_it(report: dict[str, Any]) -> None:
+    """Every record in every step, a unit of whole owners and CKKS leave out what then cannot be made."""
+    report["promise"] |= {"sample_rate": 1.0, "unit": "client"}
+    report["encryption"]["scheme"] = "CKKS"
+    for test in ("batch-dispersion", "record-dispersion", "clip-own-model", "masked"):
+        without("conformance", test=test)(report)
+    without("bounds", observer="exported model")(report)
+    assert status_of(report, "mechanism-conformance") == status_of(report, "lower-bounds") == "pass"
+    agree(report)
 
 
 def test_without_a_guarantee_nothing_is_claimed_and_the_run_fails() -> None:
@@ -224,6 +331,15 @@ def test_the_independent_program_sees_a_wrong_verdict_and_a_wrong_signature(
 ) -> None:
     report["laboratory"]["ciphertexts_repeated"] = 1
     assert independent_verifier.main(str(stored(sign_report(report, KEY), tmp_path))) == 3
+    path = stored(_report(), tmp_path)
+    for spelling in ("NaN", "1e999", '0.31, "p_value": 0.31'):
+        odd = path.read_text().replace('"p_value": 0.31', f'"p_value": {spelling}', 1)
+        (tmp_path / "odd.json").write_text(odd)
+        if spelling.startswith("0"):
+            assert independent_verifier.main(str(tmp_path / "odd.json")) == 3
+        else:
+            with pytest.raises((ValueError, ValidationError)):
+                independent_verifier.main(str(tmp_path / "odd.json"))
     other = put(_report(), ("generated_at",), "2026-03-03T08:30:00+00:00")
     assert independent_verifier.main(str(stored(other, tmp_path))) == 3
     kept = verdict(checks(_report()))
