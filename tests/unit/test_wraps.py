@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crypto.agreement import HpkeKey, WrapContext, wrap
 from crypto.wraps import WrapTree, require_wrapped, wrap_digests
-from protocol.encoding import digest_bytes
+from protocol.encoding import MAX_BODY_BYTES, digest_bytes
 from protocol.errors import ProtocolViolation
+from protocol.messages import KeysRequest, Signed, Wraps
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 
@@ -96,3 +98,22 @@ def test_an_inner_node_does_not_pass_for_a_leaf() -> None:
     left = WrapTree({name: digests[name] for name in names(4)[:2]}).root
     with pytest.raises(ProtocolViolation):
         require_wrapped(tree.root, names(4)[0], names(4)[:2], [left], tree.proof(names(4)[0])[1:])
+
+
+def test_what_an_owner_receives_when_it_joins_fits_for_the_largest_cohort() -> None:
+    members = names(1024)
+    seed = wrap(HpkeKey.generate().public(), bytes(32), WrapContext(A, B, A, B, "pair"))
+    body = Wraps(run=A, plan_hash=A, roster_hash=B, nonce=C, wraps_hash=C, key_commitment=None)
+    request = KeysRequest(
+        run=A,
+        wraps=[
+            Signed(kind="wraps", body=body.model_dump(mode="json"), signer=name, signature=bytes(64))
+            for name in members
+        ],
+        proofs={name: [A] * 10 for name in members},
+        seeds=dict.fromkeys(members, seed),
+        key=bytes(60_000),
+        heads=[],
+    )
+    assert len(request.to_bytes()) < MAX_BODY_BYTES
+    assert KeysRequest.from_bytes(request.to_bytes()) == request
