@@ -191,9 +191,10 @@ def test_page_has_landmarks_captions_and_text_for_charts(tab: Tab, pages: dict[s
     assert tab.value("['header','nav','main','footer'].every(name => document.querySelector(name))")
     assert tab.value("document.documentElement.lang") == "en"
     assert tab.value("[...document.querySelectorAll('table')].every(t => t.caption?.textContent.trim())")
-    assert tab.value("document.querySelectorAll('.chart svg[role=img] > desc').length") == 7
+    drawn = tab.value("document.querySelectorAll('.chart svg').length")
+    assert tab.value("document.querySelectorAll('.chart svg[role=img] > desc').length") == drawn >= 7
     assert tab.value("[...document.images].every(i => i.alt.length > 10 && i.naturalWidth > 0)")
-    assert tab.value("document.images.length") == 6
+    assert tab.value("document.images.length") >= 6
     assert tab.value("[...document.querySelectorAll('.chart desc')].every(d => d.textContent.length > 40)")
     assert tab.value(
         "[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.getAttribute('href')))"

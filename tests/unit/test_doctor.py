@@ -44,7 +44,9 @@ from crypto.authority import create_authority
 from scenarios.federation import Federation, make_federation
 from tests.credentials import owner_of
 
-NOW = datetime.now(UTC)
+NOW = datetime.now(UTC) + timedelta(hours=1)
+"""After everything that the tests make, though they are collected long before they run."""
+
 DAY = timedelta(days=1)
 ROOT = Path(__file__).parents[2]
 
