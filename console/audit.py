@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -111,18 +110,10 @@ def _opened(options: AuditOptions) -> tuple[Path, RunStore]:
 
 def _public(plan: Plan, file: Path | None) -> Examples:
     """Return public examples of a plan's task: from a file, else the bundled digits if they fit."""
-    from tasks.partition import DIGITS_RANGE, DIGITS_SHAPE, digits
+    from scenarios.audits import bundled_examples
     from tasks.registry import task_for
 
-    task = task_for(plan)
-    if file is not None:
-        return task.read(file)
-    described = tuple(plan.task.input_shape), tuple(plan.task.value_range), plan.task.classes
-    if described != (DIGITS_SHAPE, DIGITS_RANGE, 10):
-        raise AuditUnfounded("the attacks need public examples of this task: --public FILE")
-    shards, public = digits(seed=0, owners=1)
-    x, y = (np.concatenate([one, other]) for one, other in zip(public, shards[0], strict=True))
-    return task.check(x, y)
+    return bundled_examples(plan) if file is None else task_for(plan).read(file)
 
 
 def _shown(console: Console) -> Callable[[str], None]:

@@ -8,14 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from audit.collect import collect
 from audit.evidence import RunEvidence
 from audit.experiments import Depth, LabEvidence
 from audit.laboratory import Observed, run_laboratory
+from protocol.errors import AuditUnfounded
 from protocol.plan import Plan
 from scenarios.marked_run import MarkedResult, run_marked, shortened
 from server.store import RunStore
 from tasks.images import Examples
+from tasks.partition import DIGITS_RANGE, DIGITS_SHAPE, digits
+from tasks.registry import task_for
 
 Progress = Callable[[str], None]
 
@@ -73,6 +78,21 @@ def audit_finished(
     result = _simulated(shortened(plan, SEARCHED_ROUNDS), SIMULATION_S[depth], progress)
     observed = Observed(result.scans, *store.ciphertexts(), since)
     return evidence, run_laboratory(plan, public, depth, progress, observed)
+
+
+def bundled_examples(plan: Plan) -> Examples:
+    """Return all bundled digits as public examples of a plan.
+
+    Raises:
+        AuditUnfounded: They are not of the plan's task.
+    """
+    task = task_for(plan)
+    described = tuple(plan.task.input_shape), tuple(plan.task.value_range), plan.task.classes
+    if described != (DIGITS_SHAPE, DIGITS_RANGE, 10):
+        raise AuditUnfounded("the attacks need public examples of this task: --public FILE")
+    shards, public = digits(seed=0, owners=1)
+    x, y = (np.concatenate([one, other]) for one, other in zip(public, shards[0], strict=True))
+    return task.check(x, y)
 
 
 def _simulated(plan: Plan, limit_s: float, progress: Progress) -> MarkedResult:

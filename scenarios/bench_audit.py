@@ -20,12 +20,10 @@ from audit.experiments import Depth, LabEvidence
 from audit.lower_bounds import bound_by, channels, claim_for
 from audit.selftest import DEFAULT_RUNS, self_test
 from protocol.plan import Plan
-from scenarios.audits import audit_plan
+from scenarios.audits import audit_plan, bundled_examples
 from scenarios.bench_arms import Arm, Figures, Job, Metric
 from scenarios.bench_targets import Entry, Run, Target, evaluate, median_of
 from scenarios.bench_worker import peak_rss_mib, serve_arm
-from tasks.partition import digits
-from tasks.registry import task_for
 from tasks.resolve import resolve
 
 CANARIES: Final = 4000
@@ -157,9 +155,8 @@ def _laboratory_figures() -> Figures:
 
 def _laboratory(depth: Depth) -> tuple[float, LabEvidence]:
     plan = resolve(Plan.from_toml(LAB_PLAN.read_text(encoding="utf-8")))
-    public = task_for(plan).check(*digits(seed=0, owners=3)[1])
     start = time.monotonic()
-    _, lab = audit_plan(plan, public, depth, lambda _: None)
+    _, lab = audit_plan(plan, bundled_examples(plan), depth, lambda _: None)
     return time.monotonic() - start, lab
 
 
