@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import ssl
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from flwr.app import Context, Message, RecordDict
 from crypto.certificates import OwnerCredentials
 from crypto.identity import ssl_key_file
 from crypto.trust import REVOCATIONS
-from protocol.batches import ANSWER_PATH, INLINE_BYTES, RECEIVE_PATH, RawMessage, join_batch, split_batch
+from protocol.batches import ANSWER_PATH, RECEIVE_PATH, RawMessage, fitting, join_batch, split_batch
 from protocol.errors import CertificateRefused, FlowerChanged, ServerUnavailable
 
 PULL_BACKOFF_S = 0.02
@@ -250,7 +250,8 @@ class _Relay:
             clientapp_runtime_list=[reply.seconds],
         )
         with no_object_id_recompute():
-            items = [reply.received.encode(), request.SerializeToString(), *_contents(reply.objects)]
+            contents = fitting(one.deflate() for one in reply.objects.values())
+            items = [reply.received.encode(), request.SerializeToString(), *contents]
             answered = _unless_run_ended(self._delivered, items)
             if answered is None:
                 return
@@ -279,17 +280,6 @@ class _Relay:
             path=path, rpc_method=path, request=request, response_type=RawMessage
         )
         return bytes(answer.content)
-
-
-def _contents(objects: Mapping[str, Any]) -> Iterator[bytes]:
-    """Yield the content of objects as far as it fits into a batch."""
-    left = INLINE_BYTES
-    for one in objects.values():
-        content = one.deflate()
-        left -= len(content)
-        if left < 0:
-            return
-        yield content
 
 
 def _unless_run_ended(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -17,6 +17,8 @@ from protocol.errors import AuditUnfounded, FindingsRefused
 from protocol.plan import Plan
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from audit.experiments import Depth
     from server.store import RunStore
     from tasks.images import Examples
@@ -31,9 +33,9 @@ class AuditOptions:
         out: Folder for the report.
         depth: How much is tried.
         owners: Signed findings of owners.
-        home: The coordinator's home.
+        home: The coordinator's home. A report on a plan is signed only where one is given.
         public: Public examples of the task.
-        passphrase_file: Opens the coordinator's release key, which signs the report about a run.
+        passphrase_file: Opens the coordinator's release key, which signs the report.
     """
 
     subject: Path
@@ -67,8 +69,9 @@ def _audit_plan(console: Console, options: AuditOptions) -> int:
         raise FindingsRefused("the owners of a plan are not on record yet; audit its run with them")
     plan = resolve(read_plan(options.subject))
     public = _public(plan, options.public)
+    key = None if options.home is None else _key(options.home, options)
     evidence, lab = audit_plan(plan, public, options.depth, _shown(console))
-    return _conclude(console, options.out, build_report(evidence, datetime.now(UTC), lab=lab))
+    return _conclude(console, options.out, build_report(evidence, datetime.now(UTC), key, lab=lab))
 
 
 def _audit_run(console: Console, options: AuditOptions) -> int:
@@ -77,12 +80,10 @@ def _audit_run(console: Console, options: AuditOptions) -> int:
     from audit.report import build_report
     from scenarios.audits import audit_finished
     from server.app import PUBLIC_DATA
-    from server.release import release_key
 
     home, store = _opened(options)
     try:
-        passphrase = ask_passphrase(options.passphrase_file, "Passphrase of the coordinator's key")
-        key = release_key(home, passphrase)
+        key = _key(home, options)
         findings = read_findings(options.owners, collect(store, home, None))
         kept = store.folder / PUBLIC_DATA
         public = _public(store.plan(), options.public or (kept if kept.exists() else None))
@@ -91,6 +92,12 @@ def _audit_run(console: Console, options: AuditOptions) -> int:
         store.close()
     report = build_report(evidence, datetime.now(UTC), key, lab=lab, findings=findings)
     return _conclude(console, options.out, report)
+
+
+def _key(home: Path, options: AuditOptions) -> Ed25519PrivateKey:
+    from server.release import release_key
+
+    return release_key(home, ask_passphrase(options.passphrase_file, "Passphrase of the coordinator's key"))
 
 
 def _opened(options: AuditOptions) -> tuple[Path, RunStore]:

@@ -91,7 +91,7 @@ def audit_run(
         list[Path] | None, typer.Option(help="File of `fedseal audit owner`; once for each owner of a run.")
     ] = None,
     home: Annotated[
-        Path | None, typer.Option(help="The coordinator's home, for the name of a run.")
+        Path | None, typer.Option(help="The coordinator's home, for the name of a run and to sign.")
     ] = None,
     public: Annotated[
         Path | None, typer.Option(help="Public examples of the task; else the run's own, or the digits.")
@@ -100,8 +100,8 @@ def audit_run(
 ) -> None:
     """Audit a plan by a simulated federation, or a run that has ended. Exit 0 PASS, 1 FAIL, 2 INCONCLUSIVE.
 
-    Tests, attacks and searches use made-up and public records. The report on a run is signed by the
-    coordinator's release key.
+    Tests, attacks and searches use made-up and public records. The report is signed by the
+    coordinator's release key; that on a plan only with --home.
     """
     from console.audit import AuditOptions, run_audit
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from protocol.errors import EncodingInvalid
@@ -37,6 +37,16 @@ def join_batch(items: Iterable[bytes]) -> bytes:
 def item_head(item: bytes) -> bytes:
     """Return what stands before an item of a batch."""
     return _LENGTH.pack(len(item))
+
+
+def fitting(contents: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield contents as long as a batch carries them; what is left over travels by itself."""
+    left = INLINE_BYTES
+    for content in contents:
+        left -= len(content)
+        if left < 0:
+            return
+        yield content
 
 
 def first_length(data: bytes | bytearray, place: int = 0) -> range | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from protocol.batches import INLINE_BYTES, PULL_PATH, PUSH_PATH, RawMessage, join_batch, split_batch
+from protocol.batches import PULL_PATH, PUSH_PATH, RawMessage, fitting, join_batch, split_batch
 from protocol.errors import EncodingInvalid, FlowerChanged
 from server.flower_objects import objects_on_disk
 
@@ -123,7 +123,7 @@ def push(grid: Grid, messages: Sequence[Message]) -> list[str]:
             request.messages_list.append(message_to_proto(remove_content_from_message(message)))
             request.message_object_trees.append(get_object_tree(message))
             objects.update(get_all_nested_objects(message))
-        items = [request.SerializeToString(), *_contents(objects)]
+        items = [request.SerializeToString(), *fitting(one.deflate() for one in objects.values())]
         (answered,) = split_batch(_asked(client, PUSH_PATH, items))
         answer = PushAppMessagesResponse.FromString(answered)
         push_object = make_push_object_fn_protobuf(
@@ -132,17 +132,6 @@ def push(grid: Grid, messages: Sequence[Message]) -> list[str]:
         wanted = set(answer.objects_to_push)
         push_objects(objects, push_object, object_ids_to_push=wanted, max_concurrent_pushes=_ONE)
     return list(answer.message_ids)
-
-
-def _contents(objects: Mapping[str, Any]) -> Iterator[bytes]:
-    """Yield the content of objects as far as it fits into a batch."""
-    left = INLINE_BYTES
-    for one in objects.values():
-        content = one.deflate()
-        left -= len(content)
-        if left < 0:
-            return
-        yield content
 
 
 class ReplyPuller:

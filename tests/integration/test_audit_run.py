@@ -23,6 +23,7 @@ from audit.report import build_report, verify_report, write_report
 from fedseal import app
 from protocol.errors import AuditUnfounded, FedsealError, FindingsRefused, RunFailed
 from scenarios.marked_run import MarkedResult, run_marked, shortened
+from server.release import PUBLIC, read_public_key
 from server.store import RunStore
 from tasks.resolve import resolve
 
@@ -150,13 +151,14 @@ def test_findings_need_one_subject_and_a_place(tmp_path: Path) -> None:
 # --- whole audits ------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_a_plan_is_audited_from_end_to_end(tmp_path: Path) -> None:
-    out = tmp_path / "report"
-    outcome = fedseal("audit", "run", plan_file(tmp_path), "--out", out)
-    report = verify_report(out / "report.json")
-    assert outcome.returncode == STATUS[report["verdict"]["status"]], outcome.stdout + outcome.stderr
-    assert report["verdict"]["status"] != "FAIL", report["verdict"]
+    out, home = tmp_path / "report", tmp_path / "coordinator"
+    home.mkdir()
+    secret = {"FEDSEAL_PASSPHRASE": PASSPHRASE.decode()}
+    outcome = fedseal("audit", "run", plan_file(tmp_path), "--out", out, "--home", home, **secret)
+    report = verify_report(out / "report.json", read_public_key(home / PUBLIC))
+    assert report["verdict"]["status"] == "PASS", report["verdict"]
+    assert outcome.returncode == STATUS["PASS"], outcome.stdout + outcome.stderr
     assert report["subject"]["kind"] == "simulation"
     lab = report["laboratory"]
     assert {scan["place"] for scan in lab["markers"]} == set(get_args(Place))

@@ -1,11 +1,13 @@
 """Batches: what goes in comes out, and whatever else is refused."""
 
+from collections.abc import Iterator
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
 from protocol import batches
-from protocol.batches import join_batch, split_batch
+from protocol.batches import INLINE_BYTES, fitting, join_batch, split_batch
 from protocol.errors import EncodingInvalid
 
 
@@ -48,3 +50,16 @@ def test_limits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "MAX_BATCH_BYTES", 10)
     with pytest.raises(EncodingInvalid):
         split_batch(join_batch([b"abc"]))
+
+
+def test_a_batch_carries_contents_up_to_its_room_and_makes_no_more() -> None:
+    made: list[int] = []
+
+    def contents() -> Iterator[bytes]:
+        for place in range(4):
+            made.append(place)
+            yield bytes(INLINE_BYTES // 2)
+
+    assert len(list(fitting(contents()))) == 2
+    assert made == [0, 1, 2]
+    assert list(fitting([bytes(INLINE_BYTES + 1), b"x"])) == []

@@ -297,6 +297,7 @@ def test_all_seal_once_then_only_those_that_are_timed(arm: str, tmp_path: Path) 
         added.clear()
 
 
+@pytest.mark.long
 def test_a_sum_that_is_too_large_to_check_is_not_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
