@@ -540,5 +540,7 @@ class AuditUnfounded(FedsealError):
 
     code = "FS-AUDIT-03"
     what = "The audit cannot be made."
-    remedy = "Give what the detail names: public examples of the task by --public, or the run's --home."
+    remedy = (
+        "Give what is named: a plan that owners accept, --public examples, or --home of the run."
+    )
     exit_code = 9

@@ -26,7 +26,7 @@ from audit.report import build_report
 from crypto.auditlog import FOLDER as LOG
 from crypto.measuring import plan_context
 from protocol.encoding import encode
-from protocol.errors import FedsealError
+from protocol.errors import AuditUnfounded, FedsealError
 from protocol.messages import FitRequest, SealRequest
 from protocol.plan import Plan
 from protocol.records import from_record, to_record
@@ -80,6 +80,7 @@ def run_marked(plan: Plan, folder: Path, limit_s: float, progress: Callable[[str
 
     Raises:
         ServerUnavailable: The coordinator's process ended by itself.
+        AuditUnfounded: The owners refused the plan.
         FedsealError: No federation can be made for this plan.
     """
     with ExitStack() as stack:
@@ -107,10 +108,17 @@ def run_marked(plan: Plan, folder: Path, limit_s: float, progress: Callable[[str
             exchange = _Exchange(marked, grid, aparts[name], folder, name, limit_s)
             traces[name] = exchange.carry(processes)
         note_interruption(stores["run"])
+        _require_begun(stores["run"])
         evidence = collect(stores["run"], home, None, kind="simulation")
         logs = b"".join(_content(place) for place in (folder / "logs", home / LOG))
         scans = _scans(traces, marked.markers(), logs, _draft(evidence))
         return MarkedResult(evidence, scans, stores["run"].ciphertexts(), traces["run"].left_out)
+
+
+def _require_begun(store: RunStore) -> None:
+    if not store.attempts():
+        codes = ", ".join(sorted({refusal["code"] for refusal in store.refusals()})) or "no code"
+        raise AuditUnfounded(f"the simulated owners did not begin a round of this plan ({codes})")
 
 
 def shortened(plan: Plan, rounds: int) -> Plan:

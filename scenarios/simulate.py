@@ -164,12 +164,14 @@ def federate(plan: Plan, shards: Sequence[Shard], folder: Path, workers: int = 0
 
 def policy_for(plan: Plan) -> PolicySettings:
     """Return a policy that allows the plan, twice."""
-    epsilon = promised_loss(plan)[0] or 1.0
+    promised, delta = promised_loss(plan)
+    epsilon = promised or 1.0
     shares = plan.privacy.noise == "distributed"
-    worst = max(2 * epsilon, planned_worst_epsilon(plan) or 0.0) if shares else None
+    worst = 2 * max(epsilon, planned_worst_epsilon(plan) or 0.0) if shares else None
     return PolicySettings(
         epsilon_total=2 * epsilon,
         epsilon_per_run=epsilon,
+        delta_total=2 * delta,
         min_cohort=max(3, plan.cohort.minimum),
         allow_ckks=plan.encryption.preset == "ckks",
         allow_seal_frames=plan.encryption.frames == "seal",

@@ -98,6 +98,25 @@ def test_a_long_run_is_paused_in_time(tmp_path: Path) -> None:
     assert (result.evidence.state, result.evidence.rounds_finished) == ("paused", 0)
 
 
+def test_a_plan_that_no_simulated_owner_accepts(tmp_path: Path) -> None:
+    plan = resolve(small_plan(privacy={"noise": "none", "target_epsilon": None}))
+    with pytest.raises(AuditUnfounded, match="FS-POLICY-"):
+        run_marked(plan, tmp_path, 60.0, lambda _text: None)
+
+
+@pytest.mark.long
+def test_both_runs_of_a_plan_with_shared_noise_are_paid(tmp_path: Path) -> None:
+    plan = resolve(
+        small_plan(
+            cohort={"minimum": 5, "maximum": 5},
+            training={"local_steps": 1},
+            privacy={"noise": "distributed", "tolerated_colluders": 1},
+        )
+    )
+    result = run_marked(plan, tmp_path, 60.0, lambda _text: None)
+    assert result.evidence.rounds_finished == plan.run.rounds
+
+
 def test_a_shortened_plan_has_the_same_noise() -> None:
     plan = resolve(small_plan(run={"rounds": 9}))
     short = shortened(plan, 2)
