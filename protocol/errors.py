@@ -540,7 +540,5 @@ class AuditUnfounded(FedsealError):
 
     code = "FS-AUDIT-03"
     what = "The audit cannot be made."
-    remedy = (
-        "Give what is named: a plan that owners accept, --public examples, or --home of the run."
-    )
+    remedy = "Give what is named: a plan that owners accept, --public examples, or --home of the run."
     exit_code = 9
