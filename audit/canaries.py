@@ -9,6 +9,7 @@ independent of each other: own clip, own coin, own noise.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,16 @@ class Seen:
     updates: Floats
     sums: Floats
     final: Floats
+
+
+def step_scale(plan: Plan) -> float:
+    """Return by what the sum of a step's gradients is multiplied to change the model."""
+    return plan.training.learning_rate / plan.privacy.expected_batch_size
+
+
+def records_of_client(plan: Plan) -> int:
+    """Return so many equal records that no owner's update is without them but once in e^64 steps."""
+    return math.ceil(_COPIES / plan.privacy.sample_rate)
 
 
 def fair_coins(count: int) -> Bools:
@@ -170,10 +181,8 @@ def watch_clients(plan: Plan, canaries: int, rounds: int) -> Seen:
     """
     task, model = canary_task(plan, 1), np.zeros(1)
     included = fair_coins(canaries)
-    size = max(_COPIES, int(_COPIES / plan.privacy.sample_rate))
-    steps_scale = plan.training.learning_rate / plan.privacy.expected_batch_size
-    norm = CANARY_NORMS * plan.sensitivity / steps_scale
-    full = dirac_examples(1, np.zeros(size, dtype=np.int64), norm)
+    norm = CANARY_NORMS * plan.sensitivity / step_scale(plan)
+    full = dirac_examples(1, np.zeros(records_of_client(plan), dtype=np.int64), norm)
     empty = dirac_examples(1, np.zeros(0, dtype=np.int64), norm)
     updates, sums = np.empty((rounds, canaries)), np.empty((rounds, canaries))
     for canary in range(canaries):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from audit.canaries import CANARY_NORMS, canary_task, dirac_examples
+from audit.canaries import CANARY_NORMS, canary_task, dirac_examples, records_of_client, step_scale
 from audit.correlations import across, along, between
 from audit.experiments import ConformanceTest
 from audit.judging import judged, uniformity
@@ -27,7 +27,6 @@ from audit.record_tests import (
     example_clip_tests,
     rounding_test,
     sampler_tests,
-    step_scale,
     update_clip_tests,
 )
 from client.contribution import contribute, with_share
@@ -125,11 +124,6 @@ def release(plan: Plan, sample: Sample) -> Releases:
         model = model + updates[1]
     idle, busy, few, more = (np.array(owner) for owner in rows)
     return Releases(idle, busy, few, more, deviation / plan.sensitivity, canaries)
-
-
-def records_of_client(plan: Plan) -> int:
-    """Return so many equal records that no owner's update is without them but once in e^64 steps."""
-    return math.ceil(64 / plan.privacy.sample_rate)
 
 
 def _scale(test: str, what: str, values: Floats) -> ConformanceTest:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from audit.canaries import CANARY_NORMS, canary_task, dirac_examples
+from audit.canaries import CANARY_NORMS, canary_task, dirac_examples, step_scale
 from audit.experiments import ConformanceTest
 from audit.judging import exactly, judged
 from client.contribution import clipped_to_norm
@@ -42,11 +42,6 @@ class Sample:
 
 
 # --- sampler -------------------------------------------------------------------------------------------
-
-
-def step_scale(plan: Plan) -> float:
-    """Return by what the sum of a step's gradients is multiplied to change the model."""
-    return plan.training.learning_rate / plan.privacy.expected_batch_size
 
 
 def sampler_tests(plan: Plan, sample: Sample) -> Iterator[ConformanceTest]:
