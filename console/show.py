@@ -290,6 +290,7 @@ def render_report(console: Console, report_file: Path, page: Path, key_file: Pat
     report = _verified(report_file, key_file)
     write_page(report, page)
     console.print(Text(f"verified: {report['verdict']['status']}, page in {page}"))
+    console.print(_signer(report, key_file))
 
 
 def _verified(report_file: Path, key_file: Path | None) -> dict[str, Any]:
@@ -299,12 +300,24 @@ def _verified(report_file: Path, key_file: Path | None) -> dict[str, Any]:
     return verify_report(report_file, None if key_file is None else read_public_key(key_file))
 
 
+def _signer(report: dict[str, Any], key_file: Path | None) -> Text:
+    """Say whose word the evidence is; without a trusted key it is nobody's."""
+    if key_file is not None:
+        return Text("signed by the owner of the given key")
+    if report["signature"] is None:
+        return Text("not signed: whoever has the file can change its evidence", style="bold yellow")
+    signer = report["signature"]["signer"]
+    return Text(f"signed by {signer[:16]}, whoever that is: give --key to know", style="yellow")
+
+
 def show_report(console: Console, report_file: Path, key_file: Path | None) -> int:
     """Verify a report, print its verdict, and return the exit status that stands for it."""
     from audit.verdict import exit_code
 
-    verdict = _verified(report_file, key_file)["verdict"]
+    report = _verified(report_file, key_file)
+    verdict = report["verdict"]
     console.print(f"verified: {verdict['status']}")
+    console.print(_signer(report, key_file))
     for reason in verdict["reasons"]:
         console.print(Text(f"  {reason}"))
     return exit_code(verdict["status"])
