@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from audit import charts, experiment_charts, render, words
 from audit.evidence import RunEvidence
 from audit.report import build_report, write_report
-from tests.unit.audit_evidence import NOW, OWNERS, evidence, evidence_fields, findings, findings_fields, lab
+from tests.unit.audit_evidence import NOW, OWNERS, evidence, evidence_fields
+from tests.unit.audit_experiments import findings, findings_fields, lab
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [

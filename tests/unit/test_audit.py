@@ -31,21 +31,16 @@ from protocol.errors import ReportInvalid
 from tests.unit.audit_evidence import (
     NOW,
     OWNERS,
-    changed,
     credentials,
     evidence,
     evidence_fields,
-    findings,
-    findings_fields,
-    get,
-    lab,
-    leaves,
     opening_body,
     plan,
-    put,
     sha,
     statement_body,
 )
+from tests.unit.audit_experiments import findings, findings_fields, lab
+from tests.unit.json_changes import changed, get, leaves, put
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 SCHEMA = json.loads(

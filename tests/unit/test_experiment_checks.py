@@ -22,7 +22,9 @@ from audit.roc import ceiling
 from audit.verdict import checks, verdict
 from protocol.errors import ReportInvalid
 from tests import independent_verifier
-from tests.unit.audit_evidence import NOW, OWNERS, evidence, findings, lab, mechanism_fields, put, sha
+from tests.unit.audit_evidence import NOW, OWNERS, evidence, sha
+from tests.unit.audit_experiments import findings, lab, mechanism_fields
+from tests.unit.json_changes import put
 from tests.unit.test_audit import stored
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from audit_evidence import sha
 from real_federation import small_plan
 
 from audit.collect import collect
@@ -27,6 +26,7 @@ from protocol.plan import Plan
 from scenarios.simulate import federate
 from tasks.partition import digits
 from tasks.resolve import resolve
+from tests.unit.audit_evidence import sha
 
 
 def mechanism(plan: Plan) -> MechanismEvidence:

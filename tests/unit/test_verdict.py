@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from audit.report import build_report
 from audit.verdict import EXIT_CODES, SIMULATED, checks, exit_code, recompute, verdict
-from tests.unit.audit_evidence import NOW, evidence, findings, lab
+from tests.unit.audit_evidence import NOW, evidence
+from tests.unit.audit_experiments import findings, lab
 
 MISSING = {
     "mechanism-conformance", "lower-bounds", "membership-inference", "gradient-inversion", "marker-scan",
