@@ -174,6 +174,8 @@ async def _serve(
         ending.cancel()
         for server in (private, operators, owners):
             server.should_exit = True
+        # one listener may have ended before it was seen that it was told to
+        batches.close()
         await asyncio.gather(*tasks, return_exceptions=True)
         flower.close()
         if watch.done() and not watch.cancelled():
