@@ -150,7 +150,11 @@ class StateStore:
     def __init__(self, path: Path, box: StorageBox) -> None:
         create_private(path)
         self._box = box
+        # the newest state of the run at hand, by its sealed bytes: opening and parsing it takes long
+        self._newest: tuple[bytes, RunState] | None = None
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        # rows are models and frames of megabytes, which take half the time in larger pages
+        self._database.execute("PRAGMA page_size=16384")
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=FULL")
         self._database.execute("PRAGMA secure_delete=ON")
@@ -158,6 +162,7 @@ class StateStore:
 
     def close(self) -> None:
         """Close the database."""
+        self._newest = None
         self._database.close()
 
     def find(self, run: str) -> RunState | None:
@@ -204,16 +209,21 @@ class StateStore:
         return np.concatenate([np.zeros(0), *(np.frombuffer(part, dtype="<f8") for part in parts)])
 
     def _write_model(self, run: str, model: GlobalModel) -> None:
-        """Write a model row by row; a moment that is zero, as those of plain averaging are, takes none."""
-        self._database.execute("DELETE FROM models WHERE run = ?", (run,))
+        """Write a model row by row; a moment that is zero, as those of plain averaging are, takes none.
+
+        Rows keep their length, so that SQLite writes over the old ones in place.
+        """
         for vector, values in enumerate((model.weights, model.first_moment, model.second_moment)):
             if vector > 0 and not values.any():
+                self._database.execute("DELETE FROM models WHERE run = ? AND vector = ?", (run, vector))
                 continue
             for part, start in enumerate(range(0, values.size, _MODEL_PART)):
                 content = values[start : start + _MODEL_PART].astype("<f8").tobytes()
                 sealed = self._box.seal(content, _model_label(run, vector, part))
                 self._database.execute(
-                    "INSERT INTO models VALUES (?, ?, ?, ?)", (run, vector, part, sealed)
+                    "INSERT INTO models VALUES (?, ?, ?, ?) "
+                    "ON CONFLICT (run, vector, part) DO UPDATE SET content = excluded.content",
+                    (run, vector, part, sealed),
                 )
 
     def answer(self, run: str, request: str) -> Answer | None:
@@ -257,6 +267,7 @@ class StateStore:
                     (state.run, request, attempt, answer.body, answer.blob),
                 )
             self._keep_highest(heads)
+        self._newest = (sealed, state)
         # the log would keep earlier states, with keys that this one has erased
         self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -317,8 +328,12 @@ class StateStore:
         return Signed.from_bytes(self._box.open(sealed, label.encode()))
 
     def _open_state(self, run: str, sealed: bytes) -> RunState:
+        if self._newest is not None and (self._newest[0], self._newest[1].run) == (sealed, run):
+            return self._newest[1]
         plain = self._box.open(sealed, b"state/" + run.encode())
-        return RunState.from_fields(decode(plain, _STATE_LIMIT_BYTES))
+        state = RunState.from_fields(decode(plain, _STATE_LIMIT_BYTES))
+        self._newest = (sealed, state)
+        return state
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

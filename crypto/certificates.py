@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
-from crypto.issued import issued_list, verify_issued
+from crypto.issued import issued_list, parsed_certificate, verify_issued
 from protocol.errors import CertificateRefused
 
 LeafKey = ec.EllipticCurvePublicKey | Ed25519PublicKey
@@ -122,7 +122,7 @@ def verify_signing_certificate(
     if len(der) > MAX_CERTIFICATE_BYTES:
         raise CertificateRefused("the certificate is too long")
     try:
-        certificate = x509.load_der_x509_certificate(der)
+        certificate = parsed_certificate(der)
         public_key = certificate.public_key()
     except Exception:  # Hostile bytes raise a dozen types in the parser; each of them is a refusal.
         raise CertificateRefused("the bytes are not a certificate") from None

@@ -1,7 +1,7 @@
 """What an authority signed, remembered: members show the same certificates in every exchange.
 
-Whether a signature verifies does not change, unlike dates and revocations, which are checked each time
-by `crypto.certificates`. Failures are not remembered.
+What a certificate says and whether a signature verifies does not change, unlike dates and revocations,
+which are checked each time by `crypto.certificates`. Failures are not remembered.
 """
 
 from __future__ import annotations
@@ -10,6 +10,16 @@ import functools
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+
+
+@functools.lru_cache(maxsize=2048)
+def parsed_certificate(der: bytes) -> x509.Certificate:
+    """Parse a certificate (DER); the bytes may be hostile.
+
+    Raises:
+        Exception: Any type; what cannot be parsed is no certificate.
+    """
+    return x509.load_der_x509_certificate(der)
 
 
 @functools.lru_cache(maxsize=4096)

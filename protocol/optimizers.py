@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """The global model and the optimizer's memory, all float64 (n,)."""
+    """The global model and the optimizer's memory, all float64 (n,); no vector is changed in place."""
 
     weights: Vector
     first_moment: Vector
@@ -34,6 +35,10 @@ class GlobalModel:
 
     def sha256(self) -> str:
         """Return the model hash: over weights and memory, little-endian float64."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         state = hashlib.sha256(b"fedseal/model/1\0")
         for part in (self.weights, self.first_moment, self.second_moment):
             state.update(np.ascontiguousarray(part, dtype="<f8").data.cast("B"))

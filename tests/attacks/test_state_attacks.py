@@ -123,6 +123,27 @@ def test_a_stolen_home_does_not_open_without_the_passphrase(homes: Homes, tmp_pa
         open_owner(tmp_path / "stolen", b"guessed")
 
 
+def test_a_state_that_stands_under_another_run_is_refused(homes: Homes, plan: Plan) -> None:
+    """Whoever writes to the disk of a running node puts one run's sealed state in another one's place."""
+    first, second = (three(homes, plan).established() for _ in range(2))
+    store, names = first.owner(0).store, [run.state(0).run for run in (first, second)]
+    rows = "SELECT state FROM runs WHERE run = ?"
+    kept = [store._database.execute(rows, (name,)).fetchone()[0] for name in names]
+    # the state at hand is the second one's, and its own bytes must not pass for the first one's
+    assert store.find(names[1]) is not None
+    write = "UPDATE runs SET state = ? WHERE run = ?"
+    store._database.execute(write, (kept[1], names[0]))
+    with pytest.raises(SecretUnavailable):
+        store.find(names[0])
+    store._database.execute(write, (kept[0], names[0]))
+    assert store.find(names[0]) == first.state(0)
+    # a change on disk counts, whatever is at hand
+    store._database.execute(write, (kept[0][:-1] + bytes([kept[0][-1] ^ 1]), names[0]))
+    with pytest.raises(SecretUnavailable):
+        store.find(names[0])
+    store._database.execute(write, (kept[0], names[0]))
+
+
 def test_an_unsealed_update_is_nowhere_on_disk(homes: Homes, plan: Plan) -> None:
     run = three(homes, plan)
     run.established().fit(1)
