@@ -27,8 +27,8 @@ from crypto.packing import pack, unpack_sum
 from crypto.presets import PRESETS, Packing, packing_for
 from crypto.secret import SealKey
 from crypto.signing import sign
-from protocol.encoding import digest, encode
-from protocol.messages import Body, LedgerHead, Opening, Ready, Session
+from protocol.encoding import digest, digest_bytes, encode
+from protocol.messages import Body, Header, LedgerHead, Opening, Ready, Session
 
 FOLDER: Final = Path(__file__).parent
 A, B, C, D = ("a1" * 32, "b2" * 32, "c3" * 32, "d4" * 32)
@@ -105,6 +105,18 @@ def signature_vectors() -> dict[str, Any]:
             model_hash=B,
             ledger=LedgerHead(sequence=12, head=C),
         ),
+        Header(
+            version=1,
+            session=A,
+            attempt=7,
+            purpose="train",
+            preset_hash=packing_for("exact16", 3).sha256(),
+            list_hash=B,
+            model_hash=C,
+            parameters=5000,
+            frames=1,
+            frames_hash=digest([digest_bytes(_first_frame())]),
+        ),
         Opening(
             session=A,
             attempt=7,
@@ -123,6 +135,12 @@ def signature_vectors() -> dict[str, Any]:
         "public_key": key.public_key().public_bytes_raw().hex(),
         "messages": [_signature_vector(key, body) for body in bodies],
     }
+
+
+def _first_frame() -> bytes:
+    """Return the frame of the first owner of the vectors that were made with `--frames`."""
+    vector = json.loads((FOLDER / "bfv.json").read_text(encoding="ascii"))
+    return base64.b64decode(vector["owners"][0]["frame"])
 
 
 def _signature_vector(key: Ed25519PrivateKey, body: Body) -> dict[str, Any]:
@@ -147,7 +165,8 @@ def packing_vectors() -> dict[str, Any]:
     """Slots of known integers, for every preset: a few in full, all of them by their hash."""
     entries = []
     for name in (one for one in sorted(PRESETS) if PRESETS[one].scheme == "BFV"):
-        for cohort, parameters in ((3, 10), (8, 20_000), (256, 8185)):
+        largest = PRESETS[name].plain_bits[-1][0]
+        for cohort, parameters in ((3, 10), (8, 20_000), (256, 8185), *[(1024, 8185)] * (largest > 256)):
             packing = packing_for(name, cohort)
             slots = pack(values_for(packing, parameters, MULTIPLIER), packing)
             places = [(frame, slot) for frame in range(len(slots)) for slot in (0, 1, 9, 4091, 4092, 4095)]
@@ -323,10 +342,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--frames", action="store_true", help="make new encrypted frames as well")
     chosen = parser.parse_args()
-    for name, make in DETERMINISTIC.items():
-        write(name, make())
+    # a header among the signatures covers one of the frames
     if chosen.frames:
         write("bfv", frame_vectors())
+    for name, make in DETERMINISTIC.items():
+        write(name, make())
 
 
 if __name__ == "__main__":

@@ -75,11 +75,25 @@ def test_refused_encodings_are_not_canonical() -> None:
 def test_signatures() -> None:
     vector = load("signatures")
     public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(vector["public_key"]))
-    assert {message["kind"] for message in vector["messages"]} == {"session", "ready", "opening"}
+    assert {message["kind"] for message in vector["messages"]} == {"session", "ready", "header", "opening"}
     for message in vector["messages"]:
         covered = f"fedseal/{message['kind']}/1\0{canonical(message['body'])}".encode("ascii")
         assert hashlib.sha256(covered).hexdigest() == message["input_sha256"]
         public.verify(bytes.fromhex(message["signature"]), covered)
+
+
+def test_a_header_covers_its_frames() -> None:
+    """A header names the SHA-256 of the canonical list of its frames' SHA-256, and is below a kilobyte."""
+    (header,) = (one for one in load("signatures")["messages"] if one["kind"] == "header")
+    packing = next(
+        one for one in load("packing")["packings"] if (one["preset"], one["cohort"]) == ("exact16", 3)
+    )
+    frame = base64.b64decode(load("bfv")["owners"][0]["frame"])
+    digests = canonical([hashlib.sha256(frame).hexdigest()])
+    assert header["body"]["frames_hash"] == hashlib.sha256(digests.encode()).hexdigest()
+    assert header["body"]["preset_hash"] == packing["preset_hash"]
+    assert (header["body"]["parameters"], header["body"]["frames"]) == (5000, 1)
+    assert len(canonical(header["body"])) < 1024
 
 
 # --- packing -----------------------------------------------------------------------------------------
