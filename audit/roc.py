@@ -54,13 +54,22 @@ def true_positives(members: Floats, outsiders: Floats, false_positive_rate: floa
 
 
 def true_positive_rate(members: Floats, outsiders: Floats, false_positive_rate: float) -> Rate:
-    """Return the true positive rate at a false positive rate, with its Clopper-Pearson interval of 95 %.
+    """Return the true positive rate at a false positive rate, with a two-sided interval of 95 %.
 
-    The interval covers the chance in the members' scores, taken as independent, at this threshold; that
-    the threshold itself was found on a finite number of outsiders is not in it.
+    `value` and `high` are for the threshold that at most this share of these outsiders exceeds. `low` is
+    what is judged, and is for a stricter one: with 97.5 % probability no more than this share of all
+    outsiders exceeds it. Of few outsiders nobody can say that of any threshold, and `low` is 0: at 1 % it
+    takes 368. Scores are taken as independent, and bounds are those of Clopper & Pearson 1934.
     """
     hits, trials = true_positives(members, outsiders, false_positive_rate), len(members)
-    low, high = interval(hits, trials)
+    _, high = interval(hits, trials)
+    accused = np.arange(len(outsiders))
+    bounds = clopper_pearson_upper(accused, len(outsiders), INTERVAL_ERROR / 2)
+    sure = int(np.count_nonzero(bounds <= false_positive_rate))
+    low = 0.0
+    if sure:
+        threshold = np.sort(outsiders)[::-1][sure - 1]
+        low, _ = interval(int(np.sum(members > threshold)), trials)
     return Rate(value=hits / trials, low=low, high=high)
 
 

@@ -180,11 +180,13 @@ class _Relay:
     def receive(self) -> Message | None:
         from flwr.proto.fleet_pb2 import PullMessagesResponse
 
-        answer = split_batch(_unless_run_ended(self._asked, RECEIVE_PATH, []) or b"")
-        if not answer:
-            return None
-        found = PullMessagesResponse.FromString(answer[0])
-        return self._inflated(found.messages_list[0], found.message_object_trees[0], answer[1:])
+        answered = _unless_run_ended(self._asked, RECEIVE_PATH, []) or b""
+        with _readable():
+            answer = split_batch(answered)
+            if not answer:
+                return None
+            found = PullMessagesResponse.FromString(answer[0])
+            return self._inflated(found.messages_list[0], found.message_object_trees[0], answer[1:])
 
     def _inflated(self, proto: Any, tree: Any, contents: Sequence[bytes]) -> Message | None:
         from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -207,7 +209,7 @@ class _Relay:
         held.update(pulled)
         full = inflate_object_from_contents(identifier, held)
         if not isinstance(full, Message):
-            raise FlowerChanged("a message does not inflate to a message")
+            raise ServerUnavailable("the coordinator sent an object that is no message")
         full.metadata.__dict__["_message_id"] = identifier
         return full
 
@@ -255,7 +257,8 @@ class _Relay:
             answered = _unless_run_ended(self._delivered, items)
             if answered is None:
                 return
-            stored = PushMessagesResponse.FromString(split_batch(answered)[0])
+            with _readable():
+                stored = PushMessagesResponse.FromString(split_batch(answered)[0])
             run_id = reply.message.metadata.run_id
             _unless_run_ended(
                 push_objects,
@@ -280,6 +283,21 @@ class _Relay:
             path=path, rpc_method=path, request=request, response_type=RawMessage
         )
         return bytes(answer.content)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Refuse what a coordinator sends where it cannot be read; the node connects anew then.
+
+    Raises:
+        ServerUnavailable: Flower's parsers, which raise a dozen types, or the batch's cannot read it.
+    """
+    try:
+        yield
+    except (ServerUnavailable, FlowerChanged, httpx.HTTPError):
+        raise
+    except Exception:
+        raise ServerUnavailable("the coordinator sent what cannot be read") from None
 
 
 def _unless_run_ended(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -274,7 +274,7 @@ class RunFailed(FedsealError):
     code = "FS-RUN-02"
     what = "The run ended before its last round."
     remedy = "Read the report of the run and the owners' own logs, mend the cause and start a new run."
-    exit_code = 7
+    exit_code = 12
 
 
 class ServerUnavailable(FedsealError):
@@ -523,7 +523,7 @@ class CheckpointInvalid(FedsealError):
     code = "FS-RUN-07"
     what = "The checkpoint of the last finished round is missing or is not the recorded one."
     remedy = "Restore the run's folder from a backup, checkpoints and run.db together, or start a new run."
-    exit_code = 7
+    exit_code = 12
 
 
 class FindingsRefused(FedsealError):

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -94,13 +94,9 @@ class ProcessMeter:
             self._sample()
 
     def _sample(self) -> None:
-        usages = all_usages()
-        children: dict[int, list[int]] = {}
-        for pid, usage in usages.items():
-            children.setdefault(usage.parent, []).append(pid)
-        now = time.time()
+        usages, now = all_usages(), time.time()
         for name, roots in self._groups.items():
-            members = [usages[pid] for pid in _with_descendants(roots, children) if pid in usages]
+            members = [usages[pid] for pid in with_descendants(roots, usages) if pid in usages]
             samples = self.samples[name]
             samples.times.append(now)
             samples.cpu_s.append(sum(one.cpu_s for one in members))
@@ -121,7 +117,11 @@ def all_usages() -> dict[int, Usage]:
     return found
 
 
-def _with_descendants(roots: Iterable[int], children: dict[int, list[int]]) -> list[int]:
+def with_descendants(roots: Iterable[int], usages: Mapping[int, Usage]) -> list[int]:
+    """Return the pids of some processes and of everything that they started."""
+    children: dict[int, list[int]] = {}
+    for pid, usage in usages.items():
+        children.setdefault(usage.parent, []).append(pid)
     reached = list(roots)
     for pid in reached:
         reached += children.get(pid, [])

@@ -120,7 +120,8 @@ class ControlEndpoint:
             store.event("ended", state="paused", code=stopped.code)
             return {"state": "paused"}
 
-    def _runs(self, _operator: str, _body: bytes) -> dict[str, Any]:
+    def _runs(self, operator: str, _body: bytes) -> dict[str, Any]:
+        self._log.record("operator.runs", operator)
         folders = sorted((self._home / RUNS).glob("*/run.db"))
         return {"runs": [_summary(file.parent) for file in folders]}
 

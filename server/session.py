@@ -231,7 +231,7 @@ class Joining:
             try:
                 member = self._member(run, reply, keys.get(reply.node, ""))
             except FedsealError as error:
-                self._store.refuse(node_digest(reply.node), "query.join", error.code)
+                self._refuse(node_digest(reply.node), "query.join", error)
                 continue
             members[member.fingerprint] = member
         members = dict(sorted(members.items()))
@@ -281,7 +281,7 @@ class Joining:
                 body = verify(answer.wraps, member.public_key, Wraps)
                 _check_wraps(answer, body, signed_hash([m.join for m in joins]), set(members) - {own})
             except FedsealError as error:
-                self._store.refuse(member.fingerprint, "query.roster", error.code)
+                self._refuse(member.fingerprint, "query.roster", error)
                 continue
             replies[member.fingerprint] = answer
         return dict(sorted(replies.items()))
@@ -314,8 +314,12 @@ class Joining:
                 if verify(answer.session, member.public_key, Session).session == session:
                     confirmed.add(member.fingerprint)
             except FedsealError as error:
-                self._store.refuse(member.fingerprint, "query.keys", error.code)
+                self._refuse(member.fingerprint, "query.keys", error)
         return ServerSession(run, session, members) if confirmed == members.keys() else None
+
+    def _refuse(self, owner: str, kind: str, error: FedsealError) -> None:
+        _LOG.warning("an answer to %s is refused: %s", kind, error)
+        self._store.refuse(owner, kind, error.code)
 
     def _still_willing(self, node: int, members: dict[str, Member]) -> bool:
         refused = {refusal["owner"] for refusal in self._store.refusals()}

@@ -22,11 +22,12 @@ from crashing import allow_exact_plan, exact_fields, twin_models
 from real_federation import PASSPHRASE, RealFederation, federation_of, made_federation, marked, wait_until
 from steps import OWNERS, SERVER_STEPS, owner_steps
 
+from protocol.errors import FedsealError, RunFailed, ServerUnavailable
 from protocol.plan import Plan
 from scenarios.demo import wait_for_coordinator
 from scenarios.federation import DATA
 from server.store import RunStore
-from server.submit import read_addresses, submit
+from server.submit import prepare_run, read_addresses, submit
 from tasks.registry import task_for
 
 pytestmark = pytest.mark.long
@@ -55,8 +56,9 @@ class Killing:
     def carried_out(self, who: str) -> bool:
         return not (self.orders / who).exists()
 
-    def plan(self, name: str) -> Plan:
-        return Plan.from_fields(exact_fields(run={"name": name}, deadlines=DEADLINES))
+    def plan(self, name: str, quorum: int = 2) -> Plan:
+        sections = {"run": {"name": name}, "deadlines": DEADLINES, "encryption": {"quorum": quorum}}
+        return Plan.from_fields(exact_fields(**sections))
 
     def restart_coordinator(self) -> None:
         """Start it again as a supervisor would, on the same port."""
@@ -101,7 +103,8 @@ class Killing:
         finished = sum(fingerprint in facts["contributors"] for facts in store.rounds())
         assert spent.sealed >= finished
         facts = store.owners().get(fingerprint)
-        assert facts is None or facts["sealed"] >= spent.sealed
+        # what came is paid, void or not, and the coordinator never counts less than the owner
+        assert facts is None or facts["sealed"] >= spent.sealed >= facts["member"]["received"]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,7 @@ def outcome(who: str, step: str, store: RunStore, started: float) -> tuple[str, 
     return who, step, rounds, void, round(time.monotonic() - started)
 
 
-def killed_coordinator(killing: Killing, step: str, *, whole: bool) -> RunStore:
+def killed_coordinator(killing: Killing, step: str, *, whole: bool, restart: bool = True) -> RunStore:
     """Kill the run's process at a step of a new run, and the whole coordinator with it or not."""
     real = killing.real
     nodes = {pid for name, pid in real.processes.pids().items() if name != "coordinator"}
@@ -139,7 +142,8 @@ def killed_coordinator(killing: Killing, step: str, *, whole: bool) -> RunStore:
     wait_until(lambda: killing.carried_out("server"), STEP_S, "the step")
     if whole:
         wait_until(lambda: set(real.living()) <= nodes, 30, f"no process is left behind: {real.living()}")
-        killing.restart_coordinator()
+        if restart:
+            killing.restart_coordinator()
     else:
         wait_until(lambda: not store.is_carried_out(), 10, "the end of the run's process")
     return store
@@ -160,7 +164,9 @@ def kill_owner(killing: Killing, step: str, note: Note) -> None:
     real = killing.real
     killing.order(VICTIM, step)
     started = time.monotonic()
-    store = real.submit(killing.plan(re.sub("[^a-z]", "-", step)))
+    # one owner more than the quorum opens: all four of them, where the victim has to be among them
+    quorum = 3 if step in ("open", "opened") else 2
+    store = real.submit(killing.plan(re.sub("[^a-z]", "-", step), quorum))
     wait_until(lambda: VICTIM in real.processes.ended(), STEP_S, "the step")
     assert killing.carried_out(VICTIM)
     real.start_owner(VICTIM)
@@ -185,6 +191,59 @@ def test_a_run_goes_on_after_its_coordinator_was_killed(killing: Killing, tmp_pa
     assert "going on after round 1 with the same keys" in ended.stdout
     assert "package: " in ended.stdout
     killing.check(store)
+
+
+def documented_loop(killing: Killing, run: str, passphrase: Path) -> str:
+    """Return the shell loop of docs/operations.md for one run; it waits a second in place of ten."""
+    text = (KILLER.parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"```\n(until fedseal run .*?done)\n```", text, re.DOTALL)
+    for name, value in (
+        ("RUN", run),
+        ("HOME", killing.real.home),
+        ("FILE", passphrase),
+        ("sleep 10", "sleep 1"),
+    ):
+        loop = re.sub(rf"\b{name}\b", str(value), loop)
+    return loop.replace("until fedseal", f"until {sys.executable} -m fedseal") + "\nexit $?"
+
+
+def test_the_documented_supervisor_resubmits(killing: Killing, tmp_path: Path) -> None:
+    """The coordinator is killed and stays away for a while; the loop ends with the run."""
+    passphrase = tmp_path / "passphrase"
+    passphrase.touch(mode=0o600)
+    passphrase.write_bytes(PASSPHRASE)
+    started = time.monotonic()
+    store = killed_coordinator(killing, "half sealed", whole=True, restart=False)
+    loop = documented_loop(killing, store.folder.name, passphrase)
+    with subprocess.Popen(
+        ["bash", "-c", loop], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            time.sleep(15)
+            assert process.poll() is None, "it must go on trying"
+            killing.restart_coordinator()
+            output, _ = process.communicate(timeout=200)
+        finally:
+            process.kill()
+    assert process.returncode == 0, output.decode()
+    assert FedsealError.code not in output.decode()
+    assert ServerUnavailable.code in output.decode(), "the coordinator was away"
+    killing.check(store)
+    assert time.monotonic() - started > 15
+
+
+def test_the_documented_supervisor_gives_a_failed_run_up(killing: Killing, tmp_path: Path) -> None:
+    passphrase = tmp_path / "passphrase"
+    passphrase.touch(mode=0o600)
+    passphrase.write_bytes(PASSPHRASE)
+    store = prepare_run(killing.real.home, killing.plan("failed"), None)
+    store.set("problem", {"code": RunFailed.code})
+    store.set("state", "failed")
+    loop = documented_loop(killing, store.folder.name, passphrase)
+    ended = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, timeout=100)
+    assert RunFailed.code in ended.stderr, ended.stdout + ended.stderr
+    assert store.get("state") == "failed"
+    store.close()
 
 
 def test_a_run_goes_on_without_a_killed_owner(killing: Killing, record_property: Note) -> None:

@@ -196,6 +196,8 @@ def test_an_interrupted_audit_leaves_nothing_behind(tmp_path: Path) -> None:
         env={**os.environ, MARK: mark},
         stdout=subprocess.PIPE,
         text=True,
+        # a process that a shell starts in the background inherits that it ignores this signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as child:
         assert child.stdout is not None
         for line in child.stdout:

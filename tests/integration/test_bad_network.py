@@ -66,7 +66,7 @@ def check(federation: RealFederation, store: RunStore) -> None:
 
 
 def test_a_run_finishes_though_connections_are_delayed_and_cut(proxied: RealFederation) -> None:
-    proxy(proxied).weather = Weather(delay_s=0.02, cut=0.3)
+    proxy(proxied).weather = Weather(delay_s=0.02, cut=0.6)
     proxy(proxied).cut_all()
     store = proxied.run(plan("cut"))
     check(proxied, store)

@@ -289,6 +289,12 @@ class TestStopping:
         for kind in ("operator.start", "operator.stop"):
             (act,) = acts(revocable, kind)
             assert (act.actor, act.facts["run"]) == (fingerprint, name)
+        asked = acts(revocable, "operator.runs")
+        assert asked
+        assert {act.actor for act in asked} == {fingerprint}
+        command = [sys.executable, "-m", "fedseal", "log", "verify", "--home", str(revocable.home)]
+        verified = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert verified.returncode == 0, verified.stderr
 
 
 class TestRevocation:

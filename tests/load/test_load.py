@@ -21,6 +21,7 @@ from protocol.plan import Plan
 from scenarios.demo import wait_for_coordinator
 from scenarios.federation import Federation, PolicySettings, make_federation
 from scenarios.grid import LocalGrid
+from scenarios.process_meter import all_usages, with_descendants
 from scenarios.processes import Processes
 from server.app import run_plan
 from server.process import free_port
@@ -30,8 +31,8 @@ from tasks.partition import digits
 from tasks.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
-SLOPE_KB = 1024
-"""Most memory that a round may leave behind."""
+SLOPE_KIB = 1_000_000 / 1024
+"""Most memory that a round may leave behind: a megabyte."""
 
 PASSPHRASE = b"only-the-load-tests-know-this-passphrase"
 pytestmark = [pytest.mark.long, pytest.mark.timeout(7_200)]
@@ -72,7 +73,7 @@ def many(folder: Path, owners: int, monkeypatch: pytest.MonkeyPatch) -> Federati
     )
 
 
-def resident_kb(pid: int) -> int:
+def resident_kib(pid: int) -> int:
     lines = (Path("/proc") / str(pid) / "status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
@@ -91,7 +92,7 @@ class Gauge:
 
     def note(self) -> None:
         pids = self._pids()
-        self.memory.append(sum(resident_kb(pid) for pid in pids))
+        self.memory.append(sum(resident_kib(pid) for pid in pids))
         self.files.append(sum(files_of(pid) for pid in pids))
 
     def check(self, per: int = 1) -> None:
@@ -100,9 +101,10 @@ class Gauge:
         slope = float(np.polyfit(np.arange(len(memory)), memory, 1)[0]) / per
         files = self.files[len(self.files) // 2 :]
         print(
-            f"slope {slope:.0f} kB a round, memory {self.memory[-1]} kB, files {min(files)} to {max(files)}"
+            f"slope {slope:.0f} KiB a round, memory {self.memory[-1]} KiB, "
+            f"files {min(files)} to {max(files)}"
         )
-        assert slope < SLOPE_KB
+        assert slope < SLOPE_KIB
         assert max(files) - min(files) <= 4 * per
 
 
@@ -142,7 +144,8 @@ def test_many_owners_in_one_process(
 
 
 def test_fifty_nodes_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    owners, rounds, port = 50, 20, free_port()
+    """Twenty rounds in which buffers fill, and twenty that are looked at, over all of its processes."""
+    owners, rounds, port = 50, 40, free_port()
     made = many(tmp_path / "federation", owners, monkeypatch)
     store = prepare_run(made.server_home, plan_of(owners, rounds), None)
     homes = [str(home.folder) for home in made.owners]
@@ -160,7 +163,8 @@ def test_fifty_nodes_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         nodes.stdin.close()
         try:
             coordinator = processes.pids()["coordinator"]
-            gauge, seen, started = Gauge(lambda: [coordinator]), 0, time.monotonic()
+            gauge = Gauge(lambda: with_descendants([coordinator], all_usages()))
+            seen, started = 0, time.monotonic()
             submit(made.server_home, store, made.link())
             while store.get("state") not in ("finished", "failed", "paused"):
                 if store.finished_rounds() > seen:
@@ -174,6 +178,8 @@ def test_fifty_nodes_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             nodes.wait(60)
     assert store.get("state") == "finished", store.get("problem")
     assert [len(facts["contributors"]) for facts in store.rounds()] == [owners] * rounds
+    assert store.refusals() == []
+    assert not [facts for facts in store.attempts() if facts["void"]]
     assert b"Traceback" not in (tmp_path / "nodes.log").read_bytes()
     gauge.check()
     store.close()

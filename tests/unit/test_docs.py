@@ -67,3 +67,16 @@ def test_every_error_that_names_a_page_names_one_that_exists() -> None:
     for kind in error_classes():
         for page in re.findall(r"docs/\w+\.md", kind.remedy):
             assert (DOCS.parent / page).is_file()
+
+
+def test_every_act_of_the_log_is_listed() -> None:
+    """Each kind of act that the code records stands in the table of docs/identity.md, and none besides."""
+    written = set[str]()
+    for file in (*(DOCS.parent / "server").glob("*.py"), *(DOCS.parent / "crypto").glob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        written |= {f"run.{kind}" for kind in re.findall(r"\.event\(\s*\"([a-z_]+)\"", text)}
+        written |= {f"run.{kind}" for kind in re.findall(r"\._act\(\s*\"([a-z_]+)\"", text)}
+        written |= set(re.findall(r"\"((?:operator|server|member|peer|revocations|pki)\.[a-z]+)\"", text))
+    table = (DOCS / "identity.md").read_text(encoding="utf-8").partition("## The log of acts")[2]
+    listed = set(re.findall(r"`([a-z]+\.[a-z_]+)`", table.partition("A line is synced")[0])) - {"run.db"}
+    assert written - {"server.crt"} == listed
