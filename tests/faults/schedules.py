@@ -37,7 +37,7 @@ class Weather:
         lost: A request never arrives.
         unheard: The owner acts on it, and its reply never arrives.
         repeated: It arrives twice.
-        late: The reply arrives after up to `delay_s`.
+        late: It, its twin or the reply arrives after up to `delay_s`, and so behind what was sent later.
         away: The node is off the network for up to `delay_s`, from this request on.
         delay_s: Longest delay, in virtual seconds; deadlines are shorter.
     """
@@ -118,6 +118,7 @@ class BadNetwork(LocalGrid):
         self.spent: dict[tuple[int, str], list[tuple[Spent, int]]] = {}
         self._away: dict[int, float] = {}
         self._due: list[tuple[float, Message]] = []
+        self._coming: list[tuple[float, str, Message, str]] = []
         self.happened: Counter[str] = Counter()
 
     def get_node_ids(self) -> list[int]:
@@ -141,6 +142,7 @@ class BadNetwork(LocalGrid):
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        self._deliver_late()
         wanted, now = set(message_ids), self._clock.monotonic()
         here = [item for item in self._due if item[0] <= now and _answered(item[1]) in wanted]
         self._due = [item for item in self._due if all(item is not one for one in here)]
@@ -157,8 +159,24 @@ class BadNetwork(LocalGrid):
         if self._is("repeated", weather.repeated):
             twin = Message(message.content, node, message.metadata.message_type)
             (again,) = self._inner.push_messages([twin])
-            self._deliver_now(again, twin, identifier)
-        self._deliver_now(identifier, message, identifier)
+            self._deliver(again, twin, identifier)
+        self._deliver(identifier, message, identifier)
+
+    def _deliver(self, delivered: str, message: Message, answered: str) -> None:
+        """Let a request arrive now, or later than others that are sent after it."""
+        if self._is("late request", self._weather.late):
+            due = self._clock.monotonic() + self._rng.uniform(0.0, self._weather.delay_s)
+            self._coming.append((due, delivered, message, answered))
+        else:
+            self._deliver_now(delivered, message, answered)
+
+    def _deliver_late(self) -> None:
+        """Let the requests arrive whose time has come, in any order."""
+        here = [item for item in self._coming if item[0] <= self._clock.monotonic()]
+        self._coming = [item for item in self._coming if all(item is not one for one in here)]
+        self._rng.shuffle(here)
+        for _, delivered, message, answered in here:
+            self._deliver_now(delivered, message, answered)
 
     def _deliver_now(self, delivered: str, message: Message, answered: str) -> None:
         """Let the owner act on a message; its reply may still get lost."""
