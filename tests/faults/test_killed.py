@@ -22,7 +22,7 @@ from crashing import allow_exact_plan, exact_fields, twin_models
 from real_federation import PASSPHRASE, RealFederation, federation_of, made_federation, marked, wait_until
 from steps import OWNERS, SERVER_STEPS, owner_steps
 
-from protocol.errors import FedsealError, RunFailed, ServerUnavailable
+from protocol.errors import FedsealError, QuorumNotMet, RunFailed, ServerUnavailable
 from protocol.plan import Plan
 from scenarios.demo import wait_for_coordinator
 from scenarios.federation import DATA
@@ -248,6 +248,27 @@ def test_the_documented_supervisor_gives_a_failed_run_up(killing: Killing, tmp_p
 
 def test_a_run_goes_on_without_a_killed_owner(killing: Killing, record_property: Note) -> None:
     kill_owner(killing, "half the frames sent", record_property)
+
+
+def test_a_run_whose_nodes_are_all_gone_pauses_in_time_and_goes_on(killing: Killing) -> None:
+    """Every node is killed behind the first round; nobody hangs, and nothing is lost."""
+    real, waits = killing.real, DEADLINES | {"fit_s": 10.0, "seal_s": 10.0, "open_s": 10.0, "pause_s": 10.0}
+    fields = exact_fields(run={"name": "all-gone", "rounds": 3, "spare_attempts": 6}, deadlines=waits)
+    store = real.submit(Plan.from_fields(fields))
+    wait_until(lambda: store.finished_rounds() > 0, STEP_S, "the first round")
+    for home in real.made.owners:
+        real.processes.kill(home.name)
+    started, finished = time.monotonic(), store.finished_rounds()
+    assert finished < 3, "they were killed in time"
+    wait_until(lambda: store.get("state") == "paused", STEP_S, f"a pause; {real.logs()}")
+    # an attempt that is under way ends by its deadlines, and then the run waits once
+    assert time.monotonic() - started < 3 * 10 + 10 + 20
+    assert store.get("problem")["code"] == QuorumNotMet.code
+    for home in real.made.owners:
+        real.start_owner(home.name)
+    killing.resume(store)
+    real.wait_for_end(store)
+    killing.check(store)
 
 
 @pytest.mark.long

@@ -26,6 +26,7 @@ import client.contribution
 import client.evaluation
 from client.app import make_app
 from client.owner import POLICY, Owner, open_owner
+from crypto.auditlog import AuditLog
 from crypto.trust import load_trust
 from protocol.errors import FedsealError
 from scenarios.federation import PolicySettings, make_federation
@@ -131,7 +132,7 @@ def leaky(tmp_path_factory: pytest.TempPathFactory) -> Leaky:
         wire = Wire(patch)
         owners = [open_owner(home.folder, home.passphrase) for home in made.owners]
         apps = {100 + i: make_app(partial(_fixed, owner)) for i, owner in enumerate(owners)}
-        store = RunStore(folder / "run")
+        store = RunStore(folder / "run", AuditLog(made.server_home / "log"))
         store.set("plan", plan.fields())
         store.set("plan_hash", plan.sha256())
         _plant_errors(patch, run)
@@ -208,6 +209,7 @@ def test_everything_failed_that_was_planted(leaky: Leaky) -> None:
     assert b"failed: RuntimeError at" in leaky.seen["the logs"], "an owner must see that something fails"
     assert b"evaluation failed" in leaky.seen["the logs"]
     assert len(leaky.seen["replies"]) > 100_000
+    assert b'"run.round"' in leaky.seen["the coordinator's home"], "the log of acts is searched too"
 
 
 def test_no_value_label_or_error_text_is_anywhere(leaky: Leaky) -> None:
