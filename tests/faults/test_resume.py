@@ -5,11 +5,15 @@ The same table with real processes and SIGKILL is `test_killed.py`.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from crashing import Crash, CrashingGrid, CrashingRun, Fault, Node, allow_exact_plan, exact_fields
@@ -22,6 +26,7 @@ from client.owner import open_owner
 from crypto.trust import load_trust
 from protocol.errors import (
     CheckpointInvalid,
+    FedsealError,
     LedgerConflict,
     ModelMismatch,
     QuorumNotMet,
@@ -29,9 +34,11 @@ from protocol.errors import (
     RunFailed,
     RunInterrupted,
 )
+from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 from scenarios.federation import Federation, make_federation
 from server.app import note_interruption
+from server.attempts import Attempt
 from server.exchange import Exchanger
 from server.rounds import RoundRunner
 from server.submit import IDENTITY
@@ -428,6 +435,64 @@ def test_a_checkpoint_that_is_not_the_recorded_one_is_refused(
         file.write_bytes((run.folder / "checkpoint-0001.safetensors").read_bytes())
     with pytest.raises(CheckpointInvalid):
         run.carry_out()
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(
+    begin: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a loss of power can take away: the file is synced, then renamed, then its folder is synced."""
+    run, acts = begin(), list[tuple[str, str]]()
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        acts.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        sync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        acts.append(("rename", Path(target).name))
+        replace(source, target)
+
+    with run.store() as store:
+        monkeypatch.setattr("server.store.os.fsync", synced)
+        monkeypatch.setattr("server.store.os.replace", replaced)
+        store.write_checkpoint(0, GlobalModel.initial(np.zeros(5)))
+        name = next(file.name for file in run.folder.glob("checkpoint-*"))
+    temporary = Path(name).with_suffix(".tmp").name
+    assert acts == [("sync", temporary), ("rename", name), ("sync", run.folder.name)]
+
+
+def test_a_coordinator_whose_folder_is_put_back_gets_nothing_twice(
+    begin: MakeRun, nodes: list[Node], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its folder is that of the second round's start again, when the third round has begun."""
+    run, old = begin(), tmp_path / "old"
+    original = RoundRunner.run
+
+    def watched(runner: RoundRunner, attempt: Attempt, model: GlobalModel) -> GlobalModel:
+        if attempt.round == 2 and not old.exists():
+            shutil.copytree(run.folder, old)
+        return original(runner, attempt, model)
+
+    monkeypatch.setattr(RoundRunner, "run", watched)
+    at(RoundRunner, "_seal", lambda _self, attempt, *_rest: attempt.round == 3)(monkeypatch, Fault())
+    with pytest.raises(Crash):
+        run.carry_out()
+    shutil.rmtree(run.folder)
+    shutil.copytree(old, run.folder)
+    with contextlib.suppress(FedsealError):
+        run.carry_out()
+    with run.store() as store:
+        name, rounds = store.get("run"), store.rounds()
+    for node in nodes:
+        bodies = [one.body for one in node.owner.ledger.records() if one.body.get("run") == name]
+        settled = [body["attempt"] for body in bodies if body["kind"] == "commit"]
+        assert sorted(set(settled)) == sorted(settled), "an attempt is sealed once"
+        assert {attempt for who, attempt in run.released if who == node.home.name} <= set(settled)
+        state = node.owner.store.find(name)
+        assert state is not None
+        assert len(state.opened) <= len(state.sealed)
+        assert state.round >= 2, "no owner goes back behind a round that it has applied"
+    assert [facts["round"] for facts in rounds] == list(range(1, len(rounds) + 1))
 
 
 def test_a_run_whose_process_is_gone_is_noted_as_paused(
