@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,10 @@ from scenarios.bench_round import (
 )
 from scenarios.bench_targets import targets_table
 from scenarios.plain_fedavg import plain_update
-from scenarios.process_meter import ProcessMeter, Samples, all_usages
+from scenarios.process_meter import ProcessMeter, Samples, all_usages, with_descendants
 from tasks.registry import task_for
 
+ROOT = Path(__file__).parents[2]
 LOG = """
 12:00 INFO fedseal.client query.keys answered in 9.000 s
 12:00 INFO fedseal.client train.fit answered in {first} s
@@ -152,3 +155,24 @@ def test_a_process_is_measured_with_its_children() -> None:
 
 def test_every_arm_is_known() -> None:
     assert set(bench_round.ARMS) == set(bench_round.LABELS) == set(bench_round.ROUNDS)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_every_arm_measures_a_round_and_leaves_no_process_behind() -> None:
+    """Real processes of all three: fedseal, plain FedAvg over it, and Flower's own programs."""
+    before, measured = set(all_usages()), dict[str, dict[str, float | None]]()
+    request = json.dumps({"parameters": 10_000, "clients": 3}) + "\n"
+    for name in bench_round.ARMS:
+        command = [sys.executable, "-m", "scenarios.bench_round", name]
+        done = subprocess.run(command, cwd=ROOT, input=request, capture_output=True, text=True, timeout=300)
+        _ready, answer = (json.loads(line) for line in done.stdout.splitlines())
+        measured[name] = answer["figures"]
+    for figures in measured.values():
+        assert 0.0 < (figures["round_s"] or 0.0) < 120.0
+        assert (figures["cpu_s"] or 0.0) > 0.0
+    private = measured["private"]
+    assert all((private[f"{name}_s"] or 0.0) > 0.0 for name in bench_round.EXCHANGES)
+    assert 0.0 < (private["owners_s"] or 0.0) < (private["round_s"] or 0.0)
+    left = [pid for pid in with_descendants([os.getpid()], all_usages()) if pid not in before]
+    assert left == []
