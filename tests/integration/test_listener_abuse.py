@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -186,6 +187,25 @@ class Crowd:
         for _ in range(senders):
             self._begin(self._dribble)
 
+    def greedy(self, senders: int) -> None:
+        """Claim huge bodies, and send what would expand to 200 MiB, again and again."""
+        bomb = gzip.compress(bytes(200 << 20), 9)
+        claims = [
+            head(PATHS[0], f"Content-Length: {2**62}"),
+            head(READS_FIRST, f"Content-Length: {MAX_BODY_BYTES}") + bytes(1 << 16),
+            head(PATHS[0], "Content-Encoding: gzip", f"Content-Length: {len(bomb)}") + bomb,
+        ]
+        for number in range(senders):
+            self._begin(partial(self._claim, claims[number % len(claims)]))
+
+    def _claim(self, request: bytes) -> None:
+        while not self._stop.is_set():
+            with suppress(OSError), connected(self._real, self._context) as connection:
+                connection.sendall(request)
+                connection.settimeout(5)
+                status(connection)
+            self._stop.wait(0.1)
+
     def _begin(self, work: Callable[[], None]) -> None:
         self._threads.append(threading.Thread(target=work))
         self._threads[-1].start()
@@ -208,6 +228,7 @@ def disturbed(
     with Crowd(real, context) as crowd:
         crowd.idle(strangers, members)
         crowd.slow(slow)
+        crowd.greedy(6)
         started = time.monotonic()
         store = real.run(plan)
         seconds = time.monotonic() - started
