@@ -8,21 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 from hostile import HostileFederation, HostileRun, Sealed, nothing_released, slots_of
+from numpy.typing import NDArray
 
 from client import evaluation
 from client.following import opened_mean
 from client.policy import Policy, admit
-from crypto.masks import MaskContext
+from crypto.masks import MaskContext, advance, apply_masks
 from crypto.signing import sign
 from protocol.encoding import digest_bytes
 from protocol.errors import PlanInvalid, PolicyRefused
 from protocol.evaluation import COUNTS, evaluation_epsilon, run_epsilon
-from protocol.messages import Header, JoinRequest, Opening, Ready, Signed
+from protocol.messages import Header, JoinRequest, Opening, Purpose, Ready, Signed
 from protocol.optimizers import apply_update
 from protocol.plan import Plan
 from tasks.resolve import resolve
 
-VICTIM = 3
+VICTIM, EVIL = 3, 1
 EVALUATION = {"every": 2, "target_epsilon": 1.0, "delta": 1e-7, "holdout_share": 0.3}
 
 
@@ -77,6 +78,21 @@ def due(run: HostileRun) -> Honest:
     honest.train()
     honest.train()
     return honest
+
+
+def without_masks(
+    run: HostileRun, chains: dict[str, bytes], sealed: Sealed, purpose: Purpose
+) -> NDArray[np.uint64]:
+    """Decrypt the victim's frame, and take off the masks that it would have under a purpose."""
+    header, modulus = Header.from_fields(sealed.header.body), run.packing().plain_modulus
+    context = MaskContext(
+        header.session, header.attempt, purpose, header.list_hash, header.model_hash, modulus
+    )
+    ratcheted = {peer: advance(chain, header.attempt) for peer, chain in chains.items()}
+    masked = slots_of(run, sealed.frames, run.bfv_key(EVIL))[0]
+    masks = apply_masks(np.zeros_like(masked), run.print_(VICTIM), ratcheted, context)
+    stripped: NDArray[np.uint64] = (masked + np.uint64(modulus) - masks) % np.uint64(modulus)
+    return stripped
 
 
 # --- what may be evaluated ---------------------------------------------------------------------------
@@ -256,6 +272,16 @@ def test_masks_of_the_two_purposes_are_unrelated(counted: HostileRun) -> None:
     slots = slots_of(counted, sealed[VICTIM].frames, counted.bfv_key(0))
     # masked: nothing of the counts, nor of the check slots, is legible for a holder of the key
     assert len(np.unique(slots)) > 0.99 * slots.size
+
+
+def test_only_masks_of_the_purpose_evaluate_come_off_an_evaluation(counted: HostileRun) -> None:
+    """With all its chain keys, and the masks that it would have in training, the victim stays hidden."""
+    chains = counted.state(VICTIM).chain_keys
+    honest = due(counted)
+    ready = honest.evaluated()
+    sealed = counted.seal(honest.attempt, ready, [VICTIM])[VICTIM]
+    assert list(without_masks(counted, chains, sealed, "evaluate")[-4:]) == [1, 1, 1, 1]
+    assert not np.any(without_masks(counted, chains, sealed, "train")[-4:] == 1)
 
 
 def test_opened_counts_are_no_step_of_the_model(counted: HostileRun) -> None:

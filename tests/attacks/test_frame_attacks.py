@@ -45,11 +45,30 @@ def test_a_flipped_bit_is_noticed(attempt: Attempt, place: str) -> None:
     flipped = bytearray(frame)
     flipped[position] ^= 1
     assert refused(attempt, bytes(flipped), 0, signed=False) == "FS-FRAME-01"
-    # Under the bought owner's own signature the digest is right; the sum then does not open.
-    evil = bytearray(attempt[2][EVIL].frames)
-    evil[position] ^= 1
-    code = refused(attempt, bytes(evil), EVIL, signed=True) if place == "seed" else "FS-ROUND-03"
-    assert code == "FS-ROUND-03"
+
+
+@pytest.mark.parametrize(
+    ("position", "bit"),
+    [(3, 0), (SEED_BYTES - 1, 7), (SEED_BYTES + 5, 7), (-1, 0), (20_006, 7)],
+    ids=["seed", "end of seed", "first residue", "last residue", "middle"],
+)
+def test_a_flipped_bit_above_the_noise_under_its_owners_signature_does_not_open(
+    attempt: Attempt, position: int, bit: int
+) -> None:
+    flipped = bytearray(attempt[2][EVIL].frames)
+    flipped[position] ^= 1 << bit
+    assert refused(attempt, bytes(flipped), EVIL, signed=True) == "FS-ROUND-03"
+
+
+def test_a_flipped_bit_below_the_noise_under_its_owners_signature_changes_no_sum(
+    session: HostileRun,
+) -> None:
+    ready, sealed = session.sealed_attempt()
+    flipped = bytearray(sealed[EVIL].frames)
+    flipped[SEED_BYTES] ^= 1
+    changed = session.forged(EVIL, sealed[EVIL].header, [bytes(flipped)])
+    _, sums = session.open(1, ready, sealed, VICTIM)
+    assert session.open(1, ready, {**sealed, EVIL: changed}, 0)[1] == sums
 
 
 @pytest.mark.parametrize("signed", [False, True])

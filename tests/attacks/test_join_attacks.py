@@ -133,6 +133,14 @@ def test_a_half_seed_of_the_wrong_length_is_refused(run: HostileRun) -> None:
     assert run.federation.refused(VICTIM, "query.keys", run.keys_request(VICTIM)) == "FS-WIRE-03"
 
 
+def test_a_member_that_reveals_another_nonce_than_it_committed_to_is_refused(run: HostileRun) -> None:
+    """The last to reveal could otherwise try nonces until the ring puts bought owners around a victim."""
+    run.join().roster()
+    run.rosters[EVIL] = resigned(run, EVIL, run.rosters[EVIL], nonce="ab" * 32)
+    with nothing_released(run):
+        assert run.federation.refused(VICTIM, "query.keys", run.keys_request(VICTIM)) == "FS-WIRE-03"
+
+
 def test_keys_are_fixed_once_and_the_one_time_key_is_gone(session: HostileRun) -> None:
     changed = session.keys_request(VICTIM).model_copy(update={"key": None})
     with nothing_released(session):

@@ -25,7 +25,7 @@ from scenarios.grid import LocalGrid
 from server.app import run_plan
 from server.store import RunStore
 
-EVIL = 1
+EVIL, SILENT = 1, 2
 Tamper = Callable[[Owner, bytes, bytes], tuple[bytes, bytes] | None]
 
 
@@ -116,6 +116,32 @@ def test_an_opener_that_disagrees_is_outvoted_recorded_and_left_out(
     assert attempts_without(folder, evil.fingerprint) == [False, True]
     for attempt in folder.attempts():
         assert all(opening["signer"] != evil.fingerprint for opening in attempt["openings"])
+
+
+def test_further_openers_are_asked_one_by_one_until_a_quorum_agrees(
+    federation: HostileFederation, folder: RunStore, make_plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the three that are asked first one lies and one is silent; the fourth decides, the fifth rests."""
+    asked: list[int] = []
+
+    def watched(index: int, app: Any) -> Any:
+        def answer(message: Any, context: Any) -> Any:
+            if message.metadata.message_type == "query.open":
+                asked.append(index)
+            return app(message, context)
+
+        return answer
+
+    apps = [watched(index, app) for index, app in enumerate(federation.apps)]
+    apps[SILENT] = tampered(apps[SILENT], federation.owners[SILENT], "query.open", silence)
+    monkeypatch.setattr(federation, "apps", apps)
+    plan = make_plan(run={"rounds": 1, "spare_attempts": 0})
+    assert carried_out(federation, folder, plan, "query.open", lying_opening, monkeypatch) == "finished"
+    assert (set(asked[:3]), asked[3:]) == ({EVIL, SILENT, 3}, [4])
+    (attempt,) = folder.attempts()
+    openers = [federation.owners[index].fingerprint for index in (3, 4)]
+    assert [opening["signer"] for opening in attempt["openings"]] == openers
+    assert [one["owner"] for one in events(folder, "deviating")] == [federation.owners[EVIL].name]
 
 
 def resigned(owner: Owner, body: bytes, frames: list[bytes]) -> tuple[bytes, bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hostile import Answered, HostileFederation, HostileRun, Sealed, answers, nothing_released
-from test_owner_attacks import carried_out, folder
+from test_owner_attacks import carried_out, events, folder
 
 import crypto.parts
 import crypto.secret
@@ -408,12 +408,12 @@ def test_sums_are_fetched_from_an_opener_that_sends_what_it_signed(
 
 
 @pytest.mark.parametrize(
-    ("tamper", "code"),
+    ("tamper", "code", "event"),
     [
-        (flipped_blob, "FS-FRAME-01"),
-        (without_header, "FS-WIRE-03"),
-        (residues_too_large, "FS-FRAME-01"),
-        (repeated_part(), "FS-FRAME-01"),
+        (flipped_blob, "FS-FRAME-01", False),
+        (without_header, "FS-WIRE-03", False),
+        (residues_too_large, "FS-FRAME-01", False),
+        (repeated_part(), "FS-FRAME-01", True),
     ],
     ids=["flipped", "no header", "residues", "repeated"],
 )
@@ -424,9 +424,13 @@ def test_a_bad_part_voids_the_attempt(
     monkeypatch: pytest.MonkeyPatch,
     tamper: Any,
     code: str,
+    event: bool,
 ) -> None:
     carried_out(federation, folder, long_plan, "train.seal", tamper, monkeypatch, times=FRAMES)
     first = folder.attempts()[0]
     assert (first["void"], first["openings"]) == (True, [])
     assert folder.refusals()[0]["code"] == code
     assert left_behind(folder) == []
+    repeats = [facts["owner"] for facts in events(folder, "repeated_seed")]
+    assert bool(repeats) == event
+    assert set(repeats) <= {federation.owners[EVIL].name}

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hostile import HostileFederation, HostileRun, answers, nothing_released
 
-from client import contribution, membership
+from client import contribution, membership, rounds
 from client.following import opened_mean
+from client.noise import SecureStream
 from client.owner import PendingUpdate
 from client.policy import Peers
 from crypto.signing import sign
@@ -398,6 +399,23 @@ def test_training_that_stops_is_not_refunded(session: HostileRun, monkeypatch: p
     assert session.federation.refused(VICTIM, "train.fit", session.fit_request(1)) == "FS-TRAIN-01"
     spent = session.owner(VICTIM).ledger.spent(session.run)
     assert (spent.reserved, spent.void) == (1, 0)
+
+
+def test_rounding_coins_come_from_a_secure_stream_that_is_new_in_every_attempt(
+    session: HostileRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    original = rounds.seal_frames
+
+    def watched(values: Any, bound: float, uniforms: Any, masks: Any, key: Any) -> Any:
+        given.append(uniforms)
+        return original(values, bound, uniforms, masks, key)
+
+    monkeypatch.setattr(rounds, "seal_frames", watched)
+    for attempt in (1, 2):
+        session.sealed_attempt(attempt)
+    assert {getattr(uniforms, "__func__", None) for uniforms in given} == {SecureStream.uniform}
+    assert len({id(uniforms.__self__) for uniforms in given}) == len(given) == 2 * len(session.indices)
 
 
 # --- public weights ----------------------------------------------------------------------------------
