@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 
+import numpy as np
 import pytest
 
 from crypto.graph import SECURITY_BITS, degree, graph_seed, neighbours
+from crypto.masks import MaskContext, Masks
+from crypto.presets import PLAIN_MODULI
 
 
 def fingerprints(count: int) -> list[str]:
@@ -73,3 +76,21 @@ def test_the_check_would_see_a_graph_that_is_too_thin() -> None:
     ring = {own: {signers[index - 1], signers[(index + 1) % 200]} for index, own in enumerate(signers)}
     honest = set(signers) - {signers[10], signers[20]}
     assert _reached(signers[0], honest, ring) != honest
+
+
+def test_masks_over_the_graph_cancel_in_the_sum_of_the_whole_list_and_in_no_smaller_one() -> None:
+    signers, modulus, rng = fingerprints(180), PLAIN_MODULI[42], np.random.default_rng(5)
+    context = MaskContext("a" * 64, 1, "train", "b" * 64, "c" * 64, modulus)
+    slots = rng.integers(0, modulus, (len(signers), 3), dtype=np.uint64)
+    masked = []
+    for own, row in zip(signers, slots, strict=True):
+        peers = neighbours(own, signers, SEED, 1, 1 / 3)
+        assert len(peers) == degree(180, 1 / 3) < len(signers) - 1
+        chains = {peer: hashlib.sha256("".join(sorted((own, peer))).encode()).digest() for peer in peers}
+        masked.append(Masks(own, chains, context).apply(row).astype(object))
+    assert not np.any(np.array(masked) == slots)
+    plain = slots.astype(object)
+    assert np.array_equal(sum(masked) % modulus, sum(plain) % modulus)
+    for left_out in (0, 90, 179):
+        rest = (sum(masked) - masked[left_out]) % modulus
+        assert not np.any(rest == (sum(plain) - plain[left_out]) % modulus)
