@@ -143,7 +143,10 @@ def warn_if_unprotected(console: Console, plan: Plan) -> None:
         )
         console.print(Text(text, style="bold yellow"))
     if plan.encryption.preset == "ckks":
-        text = "encryption.preset = 'ckks': sums are rounded, not exact, and seven times as large"
+        text = (
+            "encryption.preset = 'ckks': its decryptions can leak the key, so that none may be released "
+            "before it is rounded; sums are rounded, not exact, and seven times as large"
+        )
         console.print(Text(text, style="bold yellow"))
 
 
