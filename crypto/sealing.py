@@ -1,7 +1,9 @@
 """From an update to its frames, and from all owners' frames to the sum: one frame at a time.
 
-Besides the frames themselves, memory does not grow with the model: each frame is quantized, packed,
-masked and encrypted before the next one is touched. For owners only; the coordinator never loads this.
+Sealing takes no memory that grows with the model, besides update and frames: each frame is quantized,
+packed, masked and encrypted before the next one is touched. Adding keeps one running sum for each frame
+position, so its memory grows with the model but not with the number of owners. For owners only; the
+coordinator never loads this.
 """
 
 from __future__ import annotations

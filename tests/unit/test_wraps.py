@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from protocol.encoding import MAX_BODY_BYTES, digest_bytes
 from protocol.errors import ProtocolViolation
 from protocol.messages import KeysRequest, Signed, Wraps
 
+DOCS = Path(__file__).parents[2] / "docs"
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 
 
@@ -117,3 +119,10 @@ def test_what_an_owner_receives_when_it_joins_fits_for_the_largest_cohort() -> N
     )
     assert len(request.to_bytes()) < MAX_BODY_BYTES
     assert KeysRequest.from_bytes(request.to_bytes()) == request
+    alone = request.model_copy(update={"wraps": [], "proofs": {}, "seeds": {}})
+    each = (len(request.to_bytes()) - len(alone.to_bytes())) / len(members)
+    for page in ("encryption.md", "robustness.md"):
+        text = " ".join((DOCS / page).read_text(encoding="utf-8").split())
+        assert f"{each / 1000:.1f} kB for each member" in text, page
+    one_hash_more = len(A) + 3
+    assert len(alone.to_bytes()) + 1300 * (each + one_hash_more) < MAX_BODY_BYTES
