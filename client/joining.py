@@ -16,7 +16,9 @@ from crypto.agreement import (
     HpkeKey,
     WrapContext,
     fresh_half_seed,
+    open_dealt,
     pair_seed,
+    seal_dealt,
     signed_hash,
     wrap,
 )
@@ -141,12 +143,13 @@ def _wrap_for_peers(
         for peer, key in peers.items()
     }
     keys: dict[str, bytes] = {}
-    dealt, commitment = None, None
+    dealt, sealed, commitment = None, None, None
     if own == members[0].join.signer:
         bfv_key = SealKey.generate(plan_context(plan))
         dealt, commitment = bfv_key.dealt(), bfv_key.commitment()
+        content_key, sealed = seal_dealt(dealt, state.run, roster_hash, own)
         keys = {
-            peer: wrap(key, dealt, WrapContext(state.run, roster_hash, own, peer, "bfv"))
+            peer: wrap(key, content_key, WrapContext(state.run, roster_hash, own, peer, "bfv"))
             for peer, key in peers.items()
         }
     body = Wraps(
@@ -154,7 +157,7 @@ def _wrap_for_peers(
         plan_hash=plan.sha256(),
         roster_hash=roster_hash,
         nonce=state.nonce,
-        wraps_hash=WrapTree(wrap_digests(seeds, keys)).root,
+        wraps_hash=WrapTree(wrap_digests(seeds, keys, sealed)).root,
         key_commitment=commitment,
     )
     changed = state.with_changes(
@@ -162,7 +165,7 @@ def _wrap_for_peers(
     )
     signed = sign(owner.credentials.signing_key, body)
     heads = owner.store.heads(peers)
-    return Outcome(changed, RosterReply(wraps=signed, seeds=seeds, keys=keys, heads=heads))
+    return Outcome(changed, RosterReply(wraps=signed, seeds=seeds, keys=keys, dealt=sealed, heads=heads))
 
 
 def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
@@ -215,7 +218,7 @@ def _check_wrap(own: str, sender: str, body: Wraps, roster: Sequence[str], reque
     """Check that what a sender wrapped for this owner arrived as it was signed."""
     received = [digest_bytes(request.seeds.get(sender, b""))]
     if body.key_commitment is not None:
-        received.append(digest_bytes(request.key or b""))
+        received += [digest_bytes(request.key or b""), digest_bytes(request.dealt or b"")]
     receivers = [name for name in roster if name != sender]
     require_wrapped(body.wraps_hash, own, receivers, received, request.proofs.get(sender, []))
 
@@ -241,7 +244,8 @@ def _dealt_key(
         dealt = bytes(state.bfv_key or b"")
     else:
         context = WrapContext(state.run, str(state.roster_hash), dealer, own, "bfv")
-        dealt = hpke_key.unwrap(request.key or b"", context)
+        content_key = hpke_key.unwrap(request.key or b"", context)
+        dealt = open_dealt(content_key, request.dealt or b"", state.run, str(state.roster_hash), dealer)
     if SealKey.from_dealt(plan_context(plan), dealt).commitment() != signed[dealer].key_commitment:
         raise ProtocolViolation("the encryption key is not the one that the dealer committed to")
     return dealt

@@ -16,6 +16,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes, hpke
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from protocol.encoding import digest, encode
@@ -26,6 +27,7 @@ HALF_SEED_BYTES: Final = 32
 _MLKEM_PUBLIC_BYTES: Final = 1184
 _MLKEM_SEED_BYTES: Final = 64
 _X25519_BYTES: Final = 32
+_DEALT_NONCE: Final = bytes(12)
 _SUITE: Final = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
 
 
@@ -98,7 +100,7 @@ def wrap(public: bytes, secret: bytes, context: WrapContext) -> bytes:
 
     Args:
         public: The peer's 1216 public bytes, from its signed join.
-        secret: A half seed, or the dealer's key residues.
+        secret: A half seed, or the content key of what the dealer dealt.
         context: Bound into the encryption.
 
     Raises:
@@ -114,6 +116,40 @@ def wrap(public: bytes, secret: bytes, context: WrapContext) -> bytes:
         return _SUITE.encrypt(secret, key, info=context.info())
     except ValueError:
         raise ProtocolViolation("a peer's one-time key is malformed") from None
+
+
+def seal_dealt(secret: bytes, run: str, roster_hash: str, dealer: str) -> tuple[bytes, bytes]:
+    """Encrypt the dealer's key once for all members: a copy for each would grow with key times roster.
+
+    Args:
+        secret: The dealer's encryption key as it is dealt.
+        run: Bound into the encryption, as are the next two.
+        roster_hash: Hash of the roster.
+        dealer: The dealer's fingerprint.
+
+    Returns:
+        A fresh content key of 32 bytes, to be wrapped for each member, and the ciphertext (AES-256-GCM).
+    """
+    content_key = secrets.token_bytes(HALF_SEED_BYTES)
+    # the key encrypts nothing else, so that the nonce cannot repeat under it
+    sealed = AESGCM(content_key).encrypt(_DEALT_NONCE, secret, _dealt_info(run, roster_hash, dealer))
+    return content_key, sealed
+
+
+def open_dealt(content_key: bytes, sealed: bytes, run: str, roster_hash: str, dealer: str) -> bytes:
+    """Inverse of `seal_dealt`, on bytes that the dealer's signature covers.
+
+    Raises:
+        ProtocolViolation: They do not open under this key and for this run, roster and dealer.
+    """
+    try:
+        return AESGCM(content_key).decrypt(_DEALT_NONCE, sealed, _dealt_info(run, roster_hash, dealer))
+    except (InvalidTag, ValueError):
+        raise ProtocolViolation("the dealt key does not open") from None
+
+
+def _dealt_info(run: str, roster_hash: str, dealer: str) -> bytes:
+    return b"fedseal/dealt/1\0" + encode({"run": run, "roster_hash": roster_hash, "dealer": dealer})
 
 
 def fresh_half_seed() -> bytes:

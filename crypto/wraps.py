@@ -15,10 +15,18 @@ from protocol.errors import ProtocolViolation
 _LEAF, _NODE = "wrap", "wraps"
 
 
-def wrap_digests(seeds: Mapping[str, bytes], keys: Mapping[str, bytes]) -> dict[str, list[str]]:
-    """Return per receiver the SHA-256 of the ciphertexts for it: of its seed, then of its key if any."""
+def wrap_digests(
+    seeds: Mapping[str, bytes], keys: Mapping[str, bytes], dealt: bytes | None
+) -> dict[str, list[str]]:
+    """Return per receiver the SHA-256 of the ciphertexts for it.
+
+    Args:
+        seeds: The wrapped half seed of each receiver.
+        keys: The dealer's wrapped content key of each receiver; empty for others.
+        dealt: What the content key opens; the same for all receivers of `keys`.
+    """
     return {
-        receiver: [digest_bytes(seed)] + ([digest_bytes(keys[receiver])] if receiver in keys else [])
+        receiver: [digest_bytes(one) for one in (seed, keys.get(receiver), dealt) if one is not None]
         for receiver, seed in seeds.items()
     }
 

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, PlainSerializer, StringConstraints
 
 from protocol.errors import EncodingInvalid
 
-MAX_BODY_BYTES = 4 * 1024 * 1024
+MAX_BODY_BYTES = 8 * 1024 * 1024
 """Upper limit of one encoded message body, in bytes. Ciphertext frames travel outside the body."""
 
 MAX_DEPTH = 32

@@ -141,6 +141,8 @@ class Wraps(Body):
 class RosterReply(Message):
     """Answer to `RosterRequest`: one HPKE ciphertext per other owner, by fingerprint.
 
+    The dealer also seals the encryption key once, as `dealt`, and wraps the key that opens it for each.
+
     `heads` holds, for other owners of the roster, the message with the highest ledger head that this
     owner has seen them sign. Only its signer believes it, and only for its own signature.
     """
@@ -148,6 +150,7 @@ class RosterReply(Message):
     wraps: Signed
     seeds: dict[Fingerprint, Blob]
     keys: dict[Fingerprint, Blob]
+    dealt: Blob | None
     heads: dict[Fingerprint, Signed]
 
 
@@ -163,6 +166,7 @@ class KeysRequest(Message):
     proofs: dict[Fingerprint, list[Digest]]
     seeds: dict[Fingerprint, Blob]
     key: Blob | None
+    dealt: Blob | None
     heads: list[Signed]
 
 

@@ -290,7 +290,7 @@ class Joining:
         self, run: str, members: dict[str, Member], replies: dict[str, RosterReply]
     ) -> ServerSession | None:
         wraps = [reply.wraps for reply in replies.values()]
-        trees = {s: WrapTree(wrap_digests(r.seeds, r.keys)) for s, r in replies.items()}
+        trees = {s: WrapTree(wrap_digests(r.seeds, r.keys, r.dealt)) for s, r in replies.items()}
         requests = {
             member.node: Request(
                 KeysRequest(
@@ -299,6 +299,7 @@ class Joining:
                     proofs={s: tree.proof(own) for s, tree in trees.items() if s != own},
                     seeds={s: r.seeds[own] for s, r in replies.items() if own in r.seeds},
                     key=next((r.keys[own] for r in replies.values() if own in r.keys), None),
+                    dealt=next((r.dealt for r in replies.values() if own in r.keys), None),
                     heads=_returned_heads(member, replies.values()),
                 ).to_bytes()
             )
@@ -352,5 +353,8 @@ def _check_wraps(answer: RosterReply, body: Wraps, roster_hash: str, peers: set[
     """
     if body.roster_hash != roster_hash or set(answer.seeds) != peers:
         raise ProtocolViolation("wraps are for another roster")
-    if body.wraps_hash != WrapTree(wrap_digests(answer.seeds, answer.keys)).root:
+    deals = body.key_commitment is not None
+    if set(answer.keys) != (peers if deals else set()) or (answer.dealt is not None) != deals:
+        raise ProtocolViolation("the encryption key is not dealt to exactly the roster")
+    if body.wraps_hash != WrapTree(wrap_digests(answer.seeds, answer.keys, answer.dealt)).root:
         raise ProtocolViolation("wraps are not the ones that their sender signed")

@@ -171,6 +171,7 @@ class HostileRun:
             },
             seeds={name: reply.seeds[own] for name, reply in replies.items() if own in reply.seeds},
             key=next((reply.keys[own] for reply in replies.values() if own in reply.keys), None),
+            dealt=next((reply.dealt for reply in replies.values() if own in reply.keys), None),
             heads=[reply.heads[own] for reply in replies.values() if own in reply.heads],
         )
 
@@ -294,7 +295,11 @@ def wrap_digests_of(reply: RosterReply) -> dict[str, list[str]]:
     """Return the digests that the coordinator relays for one sender."""
     return {
         receiver: [digest_bytes(seed)]
-        + ([digest_bytes(reply.keys[receiver])] if receiver in reply.keys else [])
+        + (
+            [digest_bytes(reply.keys[receiver]), digest_bytes(reply.dealt or b"")]
+            if receiver in reply.keys
+            else []
+        )
         for receiver, seed in reply.seeds.items()
     }
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import Encoding
 from hostile import HostileFederation, HostileRun, nothing_released, wrap_digests_of
 
 from client import joining
 from client.policy import Peers
-from crypto.agreement import HpkeKey, WrapContext, wrap
+from crypto.agreement import HpkeKey, WrapContext, seal_dealt, wrap
 from crypto.authority import create_authority
 from crypto.frames import SealContext
 from crypto.secret import SealKey
@@ -155,14 +156,19 @@ def test_keys_are_fixed_once_and_the_one_time_key_is_gone(session: HostileRun) -
 def second_deal(run: HostileRun) -> RosterReply:
     """Let a bought dealer deal another key, signed as well as the first one."""
     key = SealKey.generate(SealContext(run.packing()))
-    roster_hash = str(run.state(0).roster_hash)
-    keys = {}
+    deal = dealing(run, key.residues())
+    return resigned(run, 0, deal, key_commitment=key.commitment())
+
+
+def dealing(run: HostileRun, secret: bytes) -> RosterReply:
+    """Return the dealer's reply with something else dealt; it is not signed yet."""
+    roster_hash, keys = str(run.state(0).roster_hash), {}
+    content_key, sealed = seal_dealt(secret, run.run, roster_hash, run.print_(0))
     for index in run.indices[1:]:
         public = Join.from_fields(run.joins[index].join.body).hpke_key
         context = WrapContext(run.run, roster_hash, run.print_(0), run.print_(index), "bfv")
-        keys[run.print_(index)] = wrap(public, key.residues(), context)
-    dealt = run.rosters[0].model_copy(update={"keys": keys})
-    return resigned(run, 0, dealt, key_commitment=key.commitment())
+        keys[run.print_(index)] = wrap(public, content_key, context)
+    return run.rosters[0].model_copy(update={"keys": keys, "dealt": sealed})
 
 
 def test_a_dealer_that_commits_to_two_keys_splits_the_session_and_nothing_is_sealed(
@@ -200,14 +206,46 @@ def test_a_key_that_is_not_the_committed_one_is_refused(run: HostileRun) -> None
 
 def test_a_dealt_key_with_impossible_residues_is_refused(run: HostileRun) -> None:
     run.join().roster()
-    honest, public = run.rosters[0], Join.from_fields(run.joins[VICTIM].join.body).hpke_key
-    roster_hash = str(run.state(VICTIM).roster_hash)
-    context = WrapContext(run.run, roster_hash, run.print_(0), run.print_(VICTIM), "bfv")
+    honest = run.rosters[0]
     for residues in (b"\xff" * 4096 * 7, b"", bytes(4096 * 7 + 1)):
-        keys = {**honest.keys, run.print_(VICTIM): wrap(public, residues, context)}
-        run.rosters[0] = resigned(run, 0, honest.model_copy(update={"keys": keys}))
+        run.rosters[0] = honest
+        run.rosters[0] = resigned(run, 0, dealing(run, residues))
         with nothing_released(run):
             assert run.federation.refused(VICTIM, "query.keys", run.keys_request(VICTIM)) == "FS-FRAME-01"
+
+
+def test_a_dealt_key_that_the_coordinator_or_a_bought_owner_replaces_is_refused(run: HostileRun) -> None:
+    """Every member knows the content key, so that the dealer's signature must cover what it opens."""
+    run.join().roster()
+    request = run.keys_request(VICTIM)
+    other = dealing(run, SealKey.generate(SealContext(run.packing())).residues())
+    content_key = opened_content_key(run, EVIL)
+    forged = AESGCM(content_key).encrypt(bytes(12), bytes(4096 * 7), b"")
+    for dealt in (other.dealt, forged, b"", None, (request.dealt or b"")[:-1]):
+        changed = request.model_copy(update={"dealt": dealt})
+        with nothing_released(run):
+            assert run.federation.refused(VICTIM, "query.keys", changed) == "FS-WIRE-03"
+
+
+def test_a_dealt_key_that_its_dealer_sealed_for_another_run_is_refused(run: HostileRun) -> None:
+    run.join().roster()
+    honest = run.rosters[0]
+    key = SealKey.generate(SealContext(run.packing()))
+    _, sealed = seal_dealt(key.residues(), "ab" * 32, str(run.state(0).roster_hash), run.print_(0))
+    for dealt in (sealed, b"", b"short"):
+        run.rosters[0] = resigned(run, 0, honest.model_copy(update={"dealt": dealt}))
+        with nothing_released(run):
+            assert run.federation.refused(VICTIM, "query.keys", run.keys_request(VICTIM)) == "FS-WIRE-03"
+
+
+def opened_content_key(run: HostileRun, index: int) -> bytes:
+    """Return the content key of what was dealt, as a bought owner opens it."""
+    context = WrapContext(
+        run.run, str(run.state(index).roster_hash), run.print_(0), run.print_(index), "bfv"
+    )
+    secret = run.state(index).hpke_secret
+    assert secret is not None
+    return HpkeKey.from_secret(secret).unwrap(run.rosters[0].keys[run.print_(index)], context)
 
 
 def test_a_second_dealer_is_refused(run: HostileRun) -> None:

@@ -13,7 +13,7 @@ from test_owner_attacks import carried_out, folder, resigned
 import crypto.frames
 import crypto.secret
 from client.owner import Owner
-from crypto.agreement import WrapContext, wrap
+from crypto.agreement import WrapContext, seal_dealt, wrap
 from crypto.measuring import plan_context
 from crypto.secret import SealKey
 from crypto.signing import sign
@@ -141,14 +141,22 @@ def test_a_key_in_seals_own_form_is_parsed_only_if_its_dealer_signed_it(
     monkeypatch.setattr(crypto.secret, "load_own_form", crypto.frames.load_own_form)
     run = federation.run(own_plan).join().roster()
     request = run.keys_request(VICTIM)
-    key = request.key
+    key, dealt = request.key, request.dealt
     assert key is not None
-    context = WrapContext(run.run, str(run.state(0).roster_hash), run.print_(0), run.print_(VICTIM), "bfv")
+    assert dealt is not None
+    roster_hash = str(run.state(0).roster_hash)
+    context = WrapContext(run.run, roster_hash, run.print_(0), run.print_(VICTIM), "bfv")
     public = Join.from_fields(run.joins[VICTIM].join.body).hpke_key
-    other = wrap(public, SealKey.generate(plan_context(own_plan)).dealt(), context)
+    own = SealKey.generate(plan_context(own_plan)).dealt()
+    content_key, sealed = seal_dealt(own, run.run, roster_hash, run.print_(0))
     before = len(parsed)
-    for swapped in (key[:-1] + bytes([key[-1] ^ 1]), other):
-        changed = request.model_copy(update={"key": swapped})
+    for swapped in (
+        {"key": key[:-1] + bytes([key[-1] ^ 1])},
+        {"dealt": dealt[:-1] + bytes([dealt[-1] ^ 1])},
+        {"key": wrap(public, content_key, context), "dealt": sealed},
+        {"dealt": sealed},
+    ):
+        changed = request.model_copy(update=swapped)
         assert federation.refused(VICTIM, "query.keys", changed) == "FS-WIRE-03"
     assert len(parsed) == before
     federation.accepted(VICTIM, "query.keys", request)

@@ -70,8 +70,8 @@ EXAMPLES: list[Message] = [
     JoinRequest(run=A, plan={"run": {"name": "x"}}),
     JoinReply(certificate=b"der", join=SIGNED),
     Wraps(run=A, plan_hash=A, roster_hash=B, nonce=C, wraps_hash=C, key_commitment=None),
-    RosterReply(wraps=SIGNED, seeds={A: b"1", B: b""}, keys={}, heads={B: SIGNED}),
-    KeysRequest(run=A, wraps=[SIGNED], proofs={A: [C]}, seeds={}, key=None, heads=[]),
+    RosterReply(wraps=SIGNED, seeds={A: b"1", B: b""}, keys={}, dealt=None, heads={B: SIGNED}),
+    KeysRequest(run=A, wraps=[SIGNED], proofs={A: [C]}, seeds={}, key=None, dealt=None, heads=[]),
     Session(session=A),
     Ready(session=A, attempt=0, purpose="evaluate", model_hash=B, ledger=HEAD),
     FitRequest(

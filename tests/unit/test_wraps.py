@@ -14,7 +14,16 @@ from crypto.agreement import HpkeKey, WrapContext, wrap
 from crypto.wraps import WrapTree, require_wrapped, wrap_digests
 from protocol.encoding import MAX_BODY_BYTES, digest_bytes
 from protocol.errors import ProtocolViolation
-from protocol.messages import KeysRequest, Signed, Wraps
+from protocol.messages import (
+    Join,
+    JoinReply,
+    KeysRequest,
+    LedgerHead,
+    RosterReply,
+    RosterRequest,
+    Signed,
+    Wraps,
+)
 
 DOCS = Path(__file__).parents[2] / "docs"
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -30,8 +39,10 @@ def tree_of(count: int) -> tuple[WrapTree, dict[str, list[str]]]:
 
 
 def test_digests_cover_seed_and_key_of_each_receiver() -> None:
-    digests = wrap_digests({A: b"sa", B: b"sb"}, {B: b"kb"})
-    assert digests == {A: [digest_bytes(b"sa")], B: [digest_bytes(b"sb"), digest_bytes(b"kb")]}
+    digests = wrap_digests({A: b"sa", B: b"sb"}, {A: b"ka", B: b"kb"}, b"dealt")
+    assert digests[A] == [digest_bytes(b"sa"), digest_bytes(b"ka"), digest_bytes(b"dealt")]
+    assert digests[B] == [digest_bytes(b"sb"), digest_bytes(b"kb"), digest_bytes(b"dealt")]
+    assert wrap_digests({A: b"sa"}, {}, None) == {A: [digest_bytes(b"sa")]}
 
 
 def test_the_root_is_that_of_a_tree_made_by_hand() -> None:
@@ -114,7 +125,8 @@ def test_what_an_owner_receives_when_it_joins_fits_for_the_largest_cohort() -> N
         ],
         proofs={name: [A] * 10 for name in members},
         seeds=dict.fromkeys(members, seed),
-        key=bytes(60_000),
+        key=seed,
+        dealt=bytes(60_000),
         heads=[],
     )
     assert len(request.to_bytes()) < MAX_BODY_BYTES
@@ -124,5 +136,26 @@ def test_what_an_owner_receives_when_it_joins_fits_for_the_largest_cohort() -> N
     for page in ("encryption.md", "robustness.md"):
         text = " ".join((DOCS / page).read_text(encoding="utf-8").split())
         assert f"{each / 1000:.1f} kB for each member" in text, page
+    # the dealer answers the most: two wraps for each, and each one's message with its newest head
+    join = Join(
+        version=1,
+        run=A,
+        plan_hash=A,
+        nonce_commitment=C,
+        hpke_key=HpkeKey.generate().public(),
+        ledger=LedgerHead(sequence=2**40, head=A),
+    )
+    head = Signed(kind="join", body=join.model_dump(mode="json"), signer=A, signature=bytes(64))
+    wraps = dict.fromkeys(members, seed)
+    dealer = RosterReply(
+        wraps=request.wraps[0],
+        seeds=wraps,
+        keys=wraps,
+        dealt=bytes(60_000),
+        heads=dict.fromkeys(members, head),
+    )
+    assert len(dealer.to_bytes()) < MAX_BODY_BYTES
+    reply = JoinReply(certificate=bytes(700), join=head)
+    assert len(RosterRequest(run=A, members=[reply] * 1024).to_bytes()) < MAX_BODY_BYTES
     one_hash_more = len(A) + 3
     assert len(alone.to_bytes()) + 1300 * (each + one_hash_more) < MAX_BODY_BYTES
