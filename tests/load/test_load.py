@@ -144,8 +144,8 @@ def test_many_owners_in_one_process(
 
 
 def test_fifty_nodes_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty rounds in which buffers fill, and twenty that are looked at, over all of its processes."""
-    owners, rounds, port = 50, 40, free_port()
+    """Thirty rounds in which buffers fill, and thirty that are looked at, over all of its processes."""
+    owners, rounds, port = 50, 60, free_port()
     made = many(tmp_path / "federation", owners, monkeypatch)
     store = prepare_run(made.server_home, plan_of(owners, rounds), None)
     homes = [str(home.folder) for home in made.owners]
