@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any, get_args
 
 from audit.check import Check, Report, not_applicable, result
-from audit.experiments import REQUIRED_TESTS, Place
+from audit.experiments import FEWEST_OUTSIDERS, REQUIRED_TESTS, Place
 from audit.judging import THRESHOLD
 from audit.words import odds
 
@@ -25,8 +25,8 @@ LEAST_CONFIDENCE = 0.95
 LEAST_CANARIES = 100
 """A bound from fewer is below almost every claim."""
 
-LEAST_RECORDS = 100
-"""Of fewer outsiders, one in a hundred is nobody."""
+LEAST_MEMBERS = 100
+"""Of fewer members, an interval is too wide to lie above a ceiling."""
 
 FALSE_POSITIVE_RATE = 0.01
 """False positive rate at which membership inference is judged; guessing has as many true positives."""
@@ -196,7 +196,9 @@ def membership_inference(report: Report) -> Check:
     elif absent := [" ".join(parts) for parts in MEMBERSHIP if not _tried(attacks, parts)]:
         missing.append(f"Not tried: {', '.join(absent)}.")
     if any(_small(attack) for attack in attacks):
-        missing.append(f"Attacks were made on fewer than {LEAST_RECORDS} members or outsiders.")
+        missing.append(
+            f"Attacks were made on fewer than {LEAST_MEMBERS} members or {FEWEST_OUTSIDERS} outsiders."
+        )
     if any(a["ceiling_at_1_percent"] is None for a in protected):
         missing.append("For some attacks it is not stated what the promise allows.")
     best = max((_rate(a, "value") for a in protected), default=0.0)
@@ -219,8 +221,8 @@ def _tried(attacks: Iterable[dict[str, Any]], parts: tuple[str, str, str]) -> bo
 
 
 def _small(attack: dict[str, Any]) -> bool:
-    fewest = min(attack["members"], attack["outsiders"])
-    return bool(attack["group"] == "all records" and fewest < LEAST_RECORDS)
+    few = attack["members"] < LEAST_MEMBERS or attack["outsiders"] < FEWEST_OUTSIDERS
+    return bool(attack["group"] == "all records" and few)
 
 
 def membership_control_works(attack: dict[str, Any], attacks: Iterable[dict[str, Any]]) -> bool:

@@ -30,6 +30,10 @@ CurvePoint = Annotated[tuple[Probability, Probability], Field(strict=False)]
 FINDINGS_KIND: Final = "owner-findings"
 """Kind under which an owner signs its `OwnerFindings`."""
 
+FEWEST_OUTSIDERS: Final = 368
+"""Of fewer outsiders it cannot be said with 97.5 % that a threshold which none of them exceeds accuses no
+more than 1 % of all: 0.99 ** 367 is above 0.025. An attack judged on fewer could not fail."""
+
 REQUIRED_TESTS: Final = {
     "always": (
         "participation-rate",

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from audit.experiments import Depth, MembershipAttack
+from audit.experiments import FEWEST_OUTSIDERS, Depth, MembershipAttack
 from audit.roc import area, ceiling, curve, true_positive_rate
 from audit.shadows import (
     FEWEST_MODELS,
@@ -145,11 +145,18 @@ def attack_membership(
     evidence = _evidence("without protection", plan, pool, _each_in_turn(plain, coins))
     models, targets = _trained_as_planned(task, plan, pool, effort, (plain, coins), progress)
     evidence += _evidence("as planned", plan, pool, targets)
-    exported = _exported(plan, pool, models[: effort.exported_models], progress)
+    exports = max(effort.exported_models, _enough(targets.members))
+    exported = _exported(plan, pool, models[:exports], progress)
     if exported is not None:
         count = len(exported.records)
         evidence += _evidence("exported", plan, pool, targets.first(count, exported))
     return evidence
+
+
+def _enough(members: Flags) -> int:
+    """Return of how many targets the outsiders are enough to judge an attack; all of them if none are."""
+    outsiders = np.cumsum(np.count_nonzero(~members, axis=1))
+    return min(int(np.searchsorted(outsiders, FEWEST_OUTSIDERS)) + 1, len(members))
 
 
 def likelihood_ratios(target: Floats, shadows: Floats, members: Flags) -> Floats:

@@ -98,7 +98,7 @@ def lab_checks(r):
     best = dict(sorted((kind, t["value"]) for kind, m, t in rows if m == PLANNED))
     works = any(t["low"] > max(0.01, best.get(kind, 1)) for kind, m, t in rows if m == FREE)
     few = len({(k, m) for k, m, _ in rows if k[0] != "loss threshold" and m != "exported"}) < 8
-    few |= any(min(a["members"], a["outsiders"]) < 100 for a in mia if a["group"] == "all records")
+    few |= any(a["members"] < 100 or a["outsiders"] < 368 for a in mia if a["group"] == "all records")
     if p["noise"] != "none":
         lacking = few or not works or any(most is None for _, most in kept)
         states |= {"membership-inference": (high, lacking), "lower-bounds": (above, deaf)}

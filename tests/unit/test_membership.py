@@ -16,7 +16,7 @@ from scipy.stats import binomtest, norm
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from audit import membership, roc, shadows
-from audit.experiments import MembershipAttack
+from audit.experiments import FEWEST_OUTSIDERS, MembershipAttack
 from protocol.plan import Plan
 from tasks.images import Examples, flatten
 from tasks.partition import digits
@@ -70,6 +70,14 @@ def test_an_attack_that_reaches_the_ceiling_is_rarely_said_to_exceed_it(
         assert 0 <= rate.low <= rate.value <= rate.high
         alarms += rate.low > allowed
     assert alarms <= 400 * 0.05
+
+
+def test_as_many_models_are_exported_as_it_takes_to_judge_an_attack() -> None:
+    """Else the check of the exported model could not fail where the pool is small."""
+    coins = shadows.membership_coins(20, 250, 0)
+    enough = membership._enough(coins)
+    assert np.count_nonzero(~coins[:enough]) >= FEWEST_OUTSIDERS > np.count_nonzero(~coins[: enough - 1])
+    assert membership._enough(coins[:2]) == 2
 
 
 def test_an_attack_far_above_the_ceiling_is_said_to_exceed_it_with_enough_outsiders() -> None:
@@ -207,7 +215,8 @@ def test_a_tenth_of_the_pool_is_mislabelled_and_nobody_trains_on_the_population(
 def test_the_attacks_find_members_of_an_unprotected_model(found: list[MembershipAttack]) -> None:
     for attack in ("LiRA", "RMIA"):
         control = attack_of(found, "without protection", attack, "all records")
-        assert control.tpr_at_1_percent.low >= 0.10
+        assert control.tpr_at_1_percent.value >= 0.10
+        assert control.tpr_at_1_percent.low >= 0.05
         assert control.auc > 0.65
         exposed = attack_of(found, "without protection", attack, "most exposed records")
         assert exposed.tpr_at_1_percent.value > 0.5
