@@ -296,8 +296,11 @@ def _readable() -> Iterator[None]:
         yield
     except (ServerUnavailable, FlowerChanged, httpx.HTTPError):
         raise
-    except Exception:
-        raise ServerUnavailable("the coordinator sent what cannot be read") from None
+    except (
+        Exception
+    ) as error:  # whose text may quote what was sent; its type tells a fault of our own apart
+        kind = type(error).__name__
+        raise ServerUnavailable(f"the coordinator sent what cannot be read ({kind})") from None
 
 
 def _unless_run_ended(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

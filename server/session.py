@@ -319,7 +319,8 @@ class Joining:
         return ServerSession(run, session, members) if confirmed == members.keys() else None
 
     def _refuse(self, owner: str, kind: str, error: FedsealError) -> None:
-        _LOG.warning("an answer to %s is refused: %s", kind, error)
+        # the detail may name a field as its sender spelled it, line breaks included
+        _LOG.warning("an answer to %s is refused: %s %s", kind, error.code, ascii(error.detail)[:200])
         self._store.refuse(owner, kind, error.code)
 
     def _still_willing(self, node: int, members: dict[str, Member]) -> bool:
