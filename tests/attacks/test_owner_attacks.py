@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Message as FlowerMessage
-from hostile import FIRST_NODE, HostileFederation
+from hostile import FIRST_NODE, HostileFederation, HostileRun, wrap_digests_of
 
 import server.strategy
 from client.owner import Owner
 from crypto.frames import SealContext
 from crypto.presets import SEED_BYTES, packing_for
 from crypto.signing import sign
+from crypto.wraps import WrapTree
 from protocol.encoding import digest, digest_bytes
-from protocol.errors import FedsealError
-from protocol.messages import Header, Opening, OpenReply, RosterReply, SealReply
+from protocol.errors import FedsealError, ProtocolViolation
+from protocol.messages import Header, Opening, OpenReply, RosterReply, SealReply, Wraps
 from protocol.plan import Plan
 from protocol.records import from_record, to_record
 from scenarios.grid import LocalGrid
 from server.app import run_plan
+from server.session import _check_wraps
 from server.store import RunStore
 
 EVIL, SILENT = 1, 2
@@ -205,6 +207,33 @@ def test_an_owner_whose_frames_voided_an_attempt_is_left_out(
     carried_out(federation, folder, four, "train.seal", tamper, monkeypatch)
     assert [one["void"] for one in folder.attempts()] == [True, False, False]
     assert attempts_without(folder, federation.owners[EVIL].fingerprint) == [True, True]
+
+
+def test_a_dealer_that_leaves_somebody_out_is_blamed_itself(run: HostileRun) -> None:
+    """Else whoever got no key would refuse, and be left out in its place."""
+    run.join().roster()
+    roster_hash, dealer = str(run.state(0).roster_hash), run.rosters[0]
+    for index in (0, EVIL):
+        check_as_coordinator(run, index, run.rosters[index], roster_hash)
+    fewer = {name: key for name, key in dealer.keys.items() if name != run.print_(EVIL)}
+    liars = [
+        (0, dealer.model_copy(update={"keys": fewer})),
+        (0, dealer.model_copy(update={"dealt": None})),
+        (0, dealer.model_copy(update={"keys": {}, "dealt": None})),
+        (EVIL, run.rosters[EVIL].model_copy(update={"dealt": dealer.dealt})),
+        (EVIL, run.rosters[EVIL].model_copy(update={"keys": run.rosters[EVIL].seeds, "dealt": b"x"})),
+    ]
+    for index, reply in liars:
+        with pytest.raises(ProtocolViolation, match="not dealt to exactly the roster"):
+            check_as_coordinator(run, index, reply, roster_hash)
+
+
+def check_as_coordinator(run: HostileRun, index: int, reply: RosterReply, roster_hash: str) -> None:
+    """Check an answer to `query.roster` that its sender signed as it is."""
+    body = Wraps.from_fields(reply.wraps.body)
+    body = body.model_copy(update={"wraps_hash": WrapTree(wrap_digests_of(reply)).root})
+    peers = {run.print_(other) for other in run.indices if other != index}
+    _check_wraps(reply, body, roster_hash, peers)
 
 
 def test_a_member_that_sends_other_wraps_than_it_signed_is_left_out(
