@@ -43,6 +43,7 @@ from protocol.messages import (
     SealReply,
     SealRequest,
     Signed,
+    Wraps,
 )
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
@@ -345,3 +346,11 @@ def _charged(owner: Owner, run: str) -> int:
         return 0
     spent = owner.ledger.spent(run)
     return spent.sealed + spent.reserved
+
+
+def resigned(run: HostileRun, index: int, reply: RosterReply, **changes: Any) -> RosterReply:
+    """Let a bought owner sign other wraps than it made."""
+    body = Wraps.from_fields(reply.wraps.body)
+    fields = {"wraps_hash": WrapTree(wrap_digests_of(reply)).root, **changes}
+    signed = sign(run.owner(index).credentials.signing_key, body.model_copy(update=fields))
+    return reply.model_copy(update={"wraps": signed})

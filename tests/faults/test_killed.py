@@ -176,12 +176,18 @@ def kill_owner(killing: Killing, step: str, note: Note) -> None:
     wait_until(lambda: real.log(VICTIM).count("is connected") > 1, 30, "the victim's return")
 
 
+def passphrase_file(folder: Path) -> Path:
+    """Write the federation's passphrase where nobody else reads it."""
+    file = folder / "passphrase"
+    file.touch(mode=0o600)
+    file.write_bytes(PASSPHRASE)
+    return file
+
+
 def test_a_run_goes_on_after_its_coordinator_was_killed(killing: Killing, tmp_path: Path) -> None:
     """An operator resumes it by the command line, which packages the model in the end."""
     store = killed_coordinator(killing, "half sealed", whole=True)
-    passphrase = tmp_path / "passphrase"
-    passphrase.touch(mode=0o600)
-    passphrase.write_bytes(PASSPHRASE)
+    passphrase = passphrase_file(tmp_path)
     command = [sys.executable, "-m", "fedseal", "run", "--resume", store.folder.name]
     command += ["--home", str(killing.real.home), "--passphrase-file", str(passphrase)]
     command += ["--operator-passphrase-file", str(passphrase)]
@@ -209,9 +215,7 @@ def documented_loop(killing: Killing, run: str, passphrase: Path) -> str:
 
 def test_the_documented_supervisor_resubmits(killing: Killing, tmp_path: Path) -> None:
     """The coordinator is killed and stays away for a while; the loop ends with the run."""
-    passphrase = tmp_path / "passphrase"
-    passphrase.touch(mode=0o600)
-    passphrase.write_bytes(PASSPHRASE)
+    passphrase = passphrase_file(tmp_path)
     started = time.monotonic()
     store = killed_coordinator(killing, "half sealed", whole=True, restart=False)
     loop = documented_loop(killing, store.folder.name, passphrase)
@@ -233,9 +237,7 @@ def test_the_documented_supervisor_resubmits(killing: Killing, tmp_path: Path) -
 
 
 def test_the_documented_supervisor_gives_a_failed_run_up(killing: Killing, tmp_path: Path) -> None:
-    passphrase = tmp_path / "passphrase"
-    passphrase.touch(mode=0o600)
-    passphrase.write_bytes(PASSPHRASE)
+    passphrase = passphrase_file(tmp_path)
     store = prepare_run(killing.real.home, killing.plan("failed"), None)
     store.set("problem", {"code": RunFailed.code})
     store.set("state", "failed")

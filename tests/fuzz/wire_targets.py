@@ -9,7 +9,6 @@ import tempfile
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,20 +18,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from flwr.app import Message as FlowerMessage
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_to_proto
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.task_identity import TaskIdentity
 
 from audit.report import build_report, verify_report
-from client.flower import _Relay
 from client.policy import Policy
 from crypto.agreement import HpkeKey, WrapContext, wrap
 from crypto.authority import create_authority
@@ -41,14 +32,15 @@ from crypto.requests import build_request, read_request
 from crypto.signing import sign, verify
 from crypto.trust import read_revocations
 from protocol import messages
-from protocol.batches import RawMessage, join_batch, split_batch
+from protocol.batches import join_batch, split_batch
 from protocol.encoding import decode, encode
-from protocol.errors import EncodingInvalid, ServerUnavailable
+from protocol.errors import EncodingInvalid
 from protocol.messages import Body, Message, Signed
 from protocol.plan import Plan
 from protocol.records import from_record, to_record
 from tests.credentials import owner_of
 from tests.fuzz.mutations import HUGE_NUMBERS, mutate_bytes, mutate_json, mutate_value
+from tests.fuzz.relay_targets import relay_targets
 from tests.fuzz.target import Target, require
 from tests.unit.audit_evidence import NOW, evidence
 from tests.unit.test_messages import EXAMPLES, SIGNED
@@ -93,7 +85,7 @@ def wire_targets() -> list[Target]:
         *_wrap_targets(),
         *_record_targets(),
         Target("batches", 4, lambda rng: mutate_bytes(_BATCH, rng), _feed_batch),
-        *_reply_targets(),
+        *relay_targets(),
         _report_target(),
     ]
 
@@ -327,58 +319,6 @@ _BATCH = join_batch([b"identifier", bytes(300), b"", b"\xff" * 4096])
 
 def _feed_batch(data: bytes) -> None:
     require(join_batch(split_batch(data)) == data, "a batch does not join to what was received")
-
-
-def _reply_targets() -> list[Target]:
-    """What a coordinator answers a node: its next message with its objects, and the receipt of a reply."""
-    from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesResponse
-
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 3, 1, 3
-    message = FlowerMessage(to_record(b'{"a":1}', bytes(range(256))), 7, "train.fit")
-    message.metadata.__dict__["_message_id"] = message.object_id
-    with no_object_id_recompute():
-        tree, objects = get_object_tree(message), get_all_nested_objects(message)
-        contents = [objects[item.object_id].deflate() for item in iterate_object_tree(tree)]
-        pulled = PullMessagesResponse(
-            messages_list=[message_to_proto(remove_content_from_message(message))],
-            message_object_trees=[tree],
-        ).SerializeToString()
-    stored = PushMessagesResponse(objects_to_push=["a1" * 32], session_id="s").SerializeToString()
-
-    def relay(answer: bytes) -> _Relay:
-        client = SimpleNamespace(_unary_unary=lambda **_request: RawMessage(answer))
-
-        def gone(*_arguments: Any) -> bytes:
-            raise ServerUnavailable("the object is not there")
-
-        return _Relay(7, client, gone, lambda *_arguments: None, None)
-
-    received = relay(join_batch([pulled, *contents])).receive()
-    require(
-        received is not None and from_record(received.content)[0] == b'{"a":1}', "the seed is no message"
-    )
-    reply = relay(b"").answer(received, lambda one, _context: FlowerMessage(RecordDict(), reply_to=one))
-
-    def make_pulled(rng: random.Random) -> bytes:
-        items = [pulled, *contents]
-        place = rng.randrange(len(items) + 1)
-        if place == len(items):
-            return mutate_bytes(join_batch(items), rng)
-        items[place] = mutate_bytes(items[place], rng, contents)
-        return join_batch(items[: rng.randint(1, len(items))] if rng.random() < 0.2 else items)
-
-    def make_stored(rng: random.Random) -> bytes:
-        whole = join_batch([stored])
-        return mutate_bytes(whole, rng) if rng.random() < 0.5 else join_batch([mutate_bytes(stored, rng)])
-
-    return [
-        Target("a node's next message", 6, make_pulled, lambda data: void(relay(data).receive())),
-        Target("receipts of replies", 3, make_stored, lambda data: relay(data).send(reply)),
-    ]
-
-
-def void(_value: object) -> None:
-    """Drop a value: whatever a coordinator sends whole is a message."""
 
 
 def _record_targets() -> list[Target]:
