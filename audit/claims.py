@@ -191,7 +191,7 @@ def _disagreements(
         return close(stated, least) or least < stated <= most or close(stated, most)
 
     pairs = {
-        "session": statement.session == evidence.session,
+        "session": [statement.session] == [evidence.session] == statement.sessions[-1:],
         "plan_hash": statement.plan_hash == evidence.plan_hash,
         "unit": statement.unit == plan.privacy.unit,
         "epsilon": fits(float(_loss(statement.epsilon)), spent_epsilon),

@@ -11,6 +11,7 @@ the report.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -164,16 +165,16 @@ class RoundEvidence(Evidence):
             raise ValueError("sums stand exactly with an opened evaluation, and are the signed ones")
         return self
 
-    def agreeing_openings(self, session: str | None, keys: dict[str, Ed25519PublicKey]) -> int:
+    def agreeing_openings(self, sessions: Collection[str], keys: dict[str, Ed25519PublicKey]) -> int:
         """Count the distinct owners whose valid signatures support this round's opened sum.
 
         Args:
-            session: Session that the signatures must name.
+            sessions: The run's sessions; the signatures must name one of them, all the same.
             keys: Public keys of the run's owners by fingerprint.
         """
-        facts = (session, self.attempt, self.purpose, self.headers_hash, self.sums_hash)
+        facts = (self.attempt, self.purpose, self.headers_hash, self.sums_hash)
         expected = (*facts, len(self.contributors))
-        supporters: dict[str, tuple[str, str]] = {}
+        supporters: dict[str, tuple[str, str, str]] = {}
         for signed in self.openings:
             if signed.signer not in keys:
                 continue
@@ -181,9 +182,9 @@ class RoundEvidence(Evidence):
                 body = verify(signed, keys[signed.signer], Opening)
             except (SignatureInvalid, EncodingInvalid):
                 continue
-            said = (body.session, body.attempt, body.purpose, body.headers_hash, body.sums_hash)
-            if (*said, body.contributors) == expected:
-                supporters[signed.signer] = (body.list_hash, body.model_hash)
+            said = (body.attempt, body.purpose, body.headers_hash, body.sums_hash)
+            if (*said, body.contributors) == expected and body.session in sessions:
+                supporters[signed.signer] = (body.session, body.list_hash, body.model_hash)
         return max(Counter(supporters.values()).values(), default=0)
 
 
@@ -278,7 +279,14 @@ class TranscriptEntry(Evidence):
 
     direction: Literal["received", "sent"]
     kind: Text
-    content: Literal["ciphertext frames", "signed metadata", "opened sums", "error code", "unclassified"]
+    content: Literal[
+        "ciphertext frames",
+        "signed metadata",
+        "opened sums",
+        "global model",
+        "error code",
+        "unclassified",
+    ]
     count: Count
     total_bytes: Count
     min_bytes: Count
@@ -361,7 +369,7 @@ class RunEvidence(Evidence):
         run: Identifier of the run, 64 hex digits.
         plan: Canonical fields of the resolved plan, `protocol.plan.Plan.fields`.
         plan_hash: The plan hash that stands in the run's signatures.
-        session: Hash of all signed joining messages; None when joining never finished.
+        session: Hash of the last roster's signed joining messages; None when joining never finished.
         attempts_used: Attempts that were started, void ones included.
         model_hash: Hash of the model after the last finished round.
         server_has_secret_key: A decryption key was found in the coordinator's process.

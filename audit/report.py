@@ -227,12 +227,20 @@ def _owner_keys(evidence: RunEvidence) -> dict[str, Ed25519PublicKey]:
     return {name: key for name, key in known.items() if key is not None}
 
 
+def _sessions(evidence: RunEvidence) -> set[str]:
+    """Return the last session, and the earlier ones that all statements from it name."""
+    statements = [owner.verified_statement() for owner in evidence.owners]
+    named = [set(one.sessions) for one in statements if one is not None and one.session == evidence.session]
+    last = set() if evidence.session is None else {evidence.session}
+    return last | (set.intersection(*named) if named else set())
+
+
 def _rounds(evidence: RunEvidence, plan: Plan) -> list[dict[str, Any]]:
-    keys = _owner_keys(evidence)
+    keys, sessions = _owner_keys(evidence), _sessions(evidence)
     return [
         entry.fields()
         | {
-            "agreeing_openings": entry.agreeing_openings(evidence.session, keys),
+            "agreeing_openings": entry.agreeing_openings(sessions, keys),
             "estimate": estimate(plan, entry),
         }
         for entry in evidence.rounds

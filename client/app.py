@@ -114,7 +114,7 @@ def _places(error: BaseException) -> str:
 def _answer_join(owner: Owner, body: bytes, blob: bytes) -> Answer:
     request, digest = JoinRequest.from_bytes(body), digest_bytes(body + blob)
     known = owner.store.answer(request.run, digest)
-    return known or _store(owner, joining.join(owner, request), digest, 0)
+    return known or _store(owner, joining.join(owner, request, blob), digest, 0)
 
 
 def _answer(exchange: Exchange, owner: Owner, body: bytes, blob: bytes) -> Answer:

@@ -26,6 +26,7 @@ def close(owner: Owner, state: RunState, request: CloseRequest, blob: bytes) -> 
     owner.ledger.close_run(state.run)
     body = Statement(
         session=session,
+        sessions=[*([] if state.start is None else state.start.sessions), session],
         plan_hash=plan.sha256(),
         model_hash=request.model_hash,
         unit=plan.privacy.unit,

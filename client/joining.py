@@ -1,9 +1,10 @@
-"""Joining a run: `query.join`, `query.roster`, `query.keys`. Once per run."""
+"""Joining a run: `query.join`, `query.roster`, `query.keys`. Once per roster of a run."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -11,6 +12,8 @@ from client.heads import require_held
 from client.membership import certified_member, member_keys, require_acceptable, verified_bodies
 from client.owner import Owner
 from client.policy import admit
+from client.rounds import discard_pending
+from client.starting import first_model, later_model, require_vouched
 from client.state import Outcome, RunState
 from crypto.agreement import (
     HpkeKey,
@@ -48,28 +51,36 @@ from protocol.plan import Plan
 from tasks.resolve import require_shares
 
 
-def join(owner: Owner, request: JoinRequest) -> Outcome:
-    """Check a plan against policy and ledger, and consent to it.
+def join(owner: Owner, request: JoinRequest, blob: bytes) -> Outcome:
+    """Check a plan against policy and ledger, and consent to it; for a later roster, follow the run so far.
+
+    Who was in an earlier roster of the run gives up its session with it: the keys are erased, a
+    contribution that was not sealed is refunded, and what was sealed, opened and paid stays known.
 
     Raises:
         PlanInvalid, NoiseTooSmall, CapacityExceeded: The plan itself is not acceptable.
         PolicyRefused, BudgetExhausted: This owner does not allow it.
         ModelMismatch: The plan names another initial model than this code builds.
-        ProtocolViolation: The run was joined before with another plan.
+        ProtocolViolation: The run was joined before, and this is not a later roster of it.
         LedgerOutrun: This owner was shown a head that it signed and its ledger does not hold.
     """
     plan = Plan.from_fields(request.plan)
     require_held(owner)
-    known = owner.store.find(request.run)
-    if known is not None:
-        raise ProtocolViolation("this run was joined before; only the same request is answered again")
-    model = check_plan(owner, plan)
+    known, initial = owner.store.find(request.run), check_plan(owner, plan)
+    if request.start is None:
+        model, computed = first_model(known, request, blob, initial), True
+    else:
+        model, computed = later_model(owner, known, request, request.start, blob, initial)
     owner.ledger.open_run(request.run, plan)
+    if known is not None:
+        discard_pending(owner, known)
     hpke_key, nonce = HpkeKey.generate(), secrets.token_hex(32)
     body = Join(
         version=1,
         run=request.run,
         plan_hash=plan.sha256(),
+        start=request.start,
+        vouches=computed,
         nonce_commitment=digest(nonce),
         hpke_key=hpke_key.public(),
         ledger=owner.ledger.head(),
@@ -83,8 +94,19 @@ def join(owner: Owner, request: JoinRequest) -> Outcome:
         join=reply,
         nonce=nonce,
         hpke_secret=hpke_key.secret(),
+        start=request.start,
+        computed=computed,
+        round=0 if request.start is None else request.start.round,
+        **_kept(known),
     )
     return Outcome(state, reply, model=model)
+
+
+def _kept(known: RunState | None) -> dict[str, Any]:
+    """Return what a later roster does not change: what this owner did, by numbers that only rise."""
+    if known is None:
+        return {}
+    return {name: getattr(known, name) for name in ("sealed", "opened", "evaluated", "lists", "sealed_in")}
 
 
 def check_plan(owner: Owner, plan: Plan) -> GlobalModel:
@@ -124,6 +146,7 @@ def roster(owner: Owner, state: RunState, request: RosterRequest) -> Outcome:
         raise RosterRefused("this owner's join was replaced")
     if any(body.run != state.run or body.plan_hash != plan.sha256() for body in joins):
         raise RosterRefused("a member joined another run or another plan")
+    require_vouched(plan, state.start, joins)
     roster_hash = signed_hash([reply.join for reply in request.members])
     peers = {s: b.hpke_key for s, b in zip(signers, joins, strict=True) if s != owner.fingerprint}
     return _wrap_for_peers(owner, state, request.members, roster_hash, peers)
@@ -203,6 +226,7 @@ def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
         bfv_key=_dealt_key(owner.fingerprint, state, hpke_key, request, signed),
         hpke_secret=None,
         halves={},
+        computed=True,
     )
     confirmation = Session(session=changed.keyed_session())
     return Outcome(changed, KeysReply(session=sign(owner.credentials.signing_key, confirmation)))

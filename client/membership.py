@@ -13,7 +13,7 @@ from client.state import RunState
 from crypto.agreement import signed_hash
 from crypto.certificates import Member, verify_signing_certificate
 from crypto.signing import verify
-from protocol.errors import RosterRefused, SignatureInvalid
+from protocol.errors import CertificateRefused, RosterRefused, SignatureInvalid
 from protocol.messages import Body, JoinReply, Purpose, Ready, Signed
 from protocol.plan import Plan
 
@@ -36,9 +36,23 @@ def certified_member(owner: Owner, reply: JoinReply) -> Member:
 
 
 def member_keys(owner: Owner, state: RunState) -> dict[str, Ed25519PublicKey]:
-    """Return the signing keys of a session's members by fingerprint; certificates are checked again."""
-    members = [certified_member(owner, reply) for reply in state.members]
-    return {member.fingerprint: member.public_key for member in members}
+    """Return the signing keys of a session's members by fingerprint; certificates are checked again.
+
+    A member whose certificate has expired or was revoked since is left out: it is in no list any more.
+
+    Raises:
+        CertificateRefused: It is this owner's own, or the revocation list is not valid.
+    """
+    keys = {}
+    for reply in state.members:
+        try:
+            member = certified_member(owner, reply)
+        except CertificateRefused:
+            if reply.join.signer == owner.fingerprint:
+                raise
+            continue
+        keys[member.fingerprint] = member.public_key
+    return keys
 
 
 def verified_bodies(

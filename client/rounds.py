@@ -171,8 +171,9 @@ def _begin(
         raise AttemptRefused("the update has no such part")
     _require_distant(owner, plan, state, signers)
     owner.ledger.commit(state.run, request.attempt)
+    session = state.keyed_session()
     context = MaskContext(
-        session=state.keyed_session(),
+        session=session,
         attempt=request.attempt,
         purpose=pending.purpose,
         list_hash=listed.sha256,
@@ -188,6 +189,7 @@ def _begin(
         evaluated=_evaluated(state, pending),
         chain_keys=_ratcheted(state, state.chain_keys, request.attempt + 1),
         chain_attempt=request.attempt + 1,
+        sealed_in=state.sealed_in if session in state.sealed_in else [*state.sealed_in, session],
         lists=state.lists if signers in state.lists else [*state.lists, signers],
     )
     owner.sealing[state.run] = sealing

@@ -21,7 +21,7 @@ from client.ledger_files import create_private
 from crypto.vault import StorageBox
 from protocol.encoding import Blob, Digest, decode, encode
 from protocol.errors import SessionMismatch
-from protocol.messages import Count, Fingerprint, JoinReply, LedgerHead, Message, Signed
+from protocol.messages import Count, Fingerprint, JoinReply, LedgerHead, Message, Signed, Start
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 
@@ -58,7 +58,7 @@ class RunState(Message):
         nonce: What this owner's join commits to; revealed with the wraps.
         graph_seed: What all members' nonces make together.
         members: All members of the roster, in order; empty before `rostered`.
-        roster_hash: Hash of the roster; a run once bound to a roster refuses another.
+        roster_hash: Hash of the roster; a join once bound to a roster refuses another.
         halves: Half seeds that this owner wrapped; erased when the session stands.
         session: The session's hash.
         chain_keys: Mask chain key per peer, ratcheted to `chain_attempt`.
@@ -69,6 +69,9 @@ class RunState(Message):
         opened: Attempt to the hash of the headers it was opened for.
         evaluated: Sealed evaluation attempt to the finished round whose model it counted on.
         lists: The distinct lists of owners that this owner sealed for.
+        start: Where the roster goes on; None for a run's first.
+        sealed_in: The sessions that this owner sealed in, oldest first.
+        computed: Whether this owner computed its model itself, or a quorum vouched for it in a session.
     """
 
     run: Digest
@@ -90,6 +93,9 @@ class RunState(Message):
     opened: dict[str, Digest] = Field(default_factory=dict)
     evaluated: dict[str, Count] = Field(default_factory=dict)
     lists: list[list[Fingerprint]] = Field(default_factory=list)
+    start: Start | None = None
+    sealed_in: list[Digest] = Field(default_factory=list)
+    computed: bool = True
 
     def with_changes(self, **changes: object) -> RunState:
         """Return a copy with some fields replaced."""

@@ -93,20 +93,48 @@ class LedgerHead(Message):
 # --- joining -----------------------------------------------------------------------------------------
 
 
+class Start(Message):
+    """From where a later roster of a run goes on.
+
+    Attributes:
+        roster: Number of the roster; every try to make one gets a higher one. A run's first has none.
+        round: Finished rounds behind it.
+        model_hash: The model after them.
+        sessions: The sessions of the run so far, oldest first.
+    """
+
+    roster: Annotated[int, Field(ge=2, le=2**53)]
+    round: Count
+    model_hash: Digest
+    sessions: list[Digest]
+
+
 class JoinRequest(Message):
-    """`query.join`: the plan, in full."""
+    """`query.join`: the plan, in full, and for a later roster of the run where it goes on.
+
+    The blob beside it holds the sums of `steps`, as in `FitRequest`, for who was in the roster before.
+    Without steps it is empty, or the model itself for who was not (`GlobalModel.to_bytes`).
+    """
 
     run: Digest
     plan: dict[str, Any]
+    start: Start | None = None
+    steps: list[list[Signed]] = Field(default_factory=list)
 
 
 class Join(Body):
-    """An owner's consent to one plan for one run, with its one-time key and a commitment to a nonce."""
+    """An owner's consent to one plan for one run, with its one-time key and a commitment to a nonce.
+
+    `vouches` says that this owner computed the model that `start` names by itself, from the initial model
+    and signed openings. Who was not there believes what a quorum of members vouches for.
+    """
 
     KIND = "join"
     version: Literal[1]
     run: Digest
     plan_hash: Digest
+    start: Start | None
+    vouches: bool
     nonce_commitment: Digest
     hpke_key: Blob
     ledger: LedgerHead
@@ -312,11 +340,13 @@ class Statement(Body):
     """An owner's closing statement: what this run cost it, and which model came out.
 
     `epsilon` and `delta` cover the whole run; `evaluation_epsilon` and `evaluation_delta` are the parts of
-    them that evaluations cost. An epsilon of None bounds nothing.
+    them that evaluations cost. An epsilon of None bounds nothing. `sessions` names all sessions of the run,
+    this one last, by the owner's own knowledge or the word of the roster's quorum.
     """
 
     KIND = "statement"
     session: Digest
+    sessions: list[Digest]
     plan_hash: Digest
     model_hash: Digest
     unit: Literal["example", "client"]

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol.errors import EncodingInvalid
 from protocol.sections import ServerOptimizerSection
 
 Vector = NDArray[np.float64]
@@ -45,15 +46,25 @@ class GlobalModel:
         return state.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """Return the three vectors one after the other, little-endian float64."""
-        parts = (self.weights, self.first_moment, self.second_moment)
+        """Return the vectors one after the other, little-endian float64; an empty memory is left out."""
+        memory = (self.first_moment, self.second_moment)
+        parts = (self.weights, *memory) if any(part.any() for part in memory) else (self.weights,)
         return b"".join(part.astype("<f8").tobytes() for part in parts)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> GlobalModel:
-        """Inverse of `to_bytes`."""
-        weights, first, second = np.frombuffer(data, dtype="<f8").astype(np.float64).reshape(3, -1)
-        return cls(weights, first, second)
+    def from_bytes(cls, data: bytes, parameters: int) -> GlobalModel:
+        """Inverse of `to_bytes` for a model of so many parameters.
+
+        Raises:
+            EncodingInvalid: The bytes have another length, or hold a value that is not finite.
+        """
+        size = 8 * parameters
+        if len(data) not in (size, 3 * size):
+            raise EncodingInvalid(f"a model of {parameters} parameters has {size} or {3 * size} bytes")
+        values = np.frombuffer(data, dtype="<f8").astype(np.float64).reshape(-1, parameters)
+        if not np.isfinite(values).all():
+            raise EncodingInvalid("a model has a value that is not finite")
+        return cls.initial(values[0]) if len(values) == 1 else cls(*values)
 
 
 def apply_update(model: GlobalModel, mean: Vector, optimizer: ServerOptimizerSection) -> GlobalModel:

@@ -42,19 +42,9 @@ class LocalGrid(Grid):
 
     def __init__(self, nodes: Mapping[int, ClientApp], workers: int = 0) -> None:
         set_identity(_RUN_ID, _SERVER_NODE)
-        self._nodes = {
-            node: LocalNode(
-                app,
-                Context(
-                    run_id=_RUN_ID,
-                    node_id=node,
-                    node_config={"node": node},
-                    state=RecordDict(),
-                    run_config={},
-                ),
-            )
-            for node, app in nodes.items()
-        }
+        self._nodes: dict[int, LocalNode] = {}
+        for node, app in nodes.items():
+            self.add(node, app)
         self._workers = ThreadPoolExecutor(workers) if workers else None
         self._pending: dict[str, Future[Message] | Message] = {}
         self._count = 0
@@ -63,6 +53,13 @@ class LocalGrid(Grid):
         """Stop the worker threads."""
         if self._workers is not None:
             self._workers.shutdown(wait=True)
+
+    def add(self, node: int, app: ClientApp) -> None:
+        """Bring a node online, as if its owner had started it."""
+        context = Context(
+            run_id=_RUN_ID, node_id=node, node_config={"node": node}, state=RecordDict(), run_config={}
+        )
+        self._nodes[node] = LocalNode(app, context)
 
     def remove(self, node: int) -> None:
         """Take a node offline, as if its owner had stopped it."""

@@ -19,6 +19,7 @@ class Attempt:
         number: Attempt number.
         round: Round that it tries to finish, or whose model it evaluates.
         model_hash: The model that was trained from or evaluated.
+        session: The session that it is made in.
         purpose: What the attempt is for.
         seconds: Wall time of each exchange.
         upload_bytes: Bytes that a contributor sent for its update: header and frames.
@@ -33,6 +34,7 @@ class Attempt:
     number: int
     round: int
     model_hash: str
+    session: str
     purpose: Purpose = "train"
     seconds: dict[str, float] = field(default_factory=dict)
     upload_bytes: int = 0
@@ -52,6 +54,7 @@ class Attempt:
         """
         counts = self.purpose == "evaluate" and self.sums
         return {
+            "session": self.session,
             "contributors": [signed.signer for signed in self.headers],
             "headers": [signed.model_dump(mode="json") for signed in self.headers],
             "openings": [signed.model_dump(mode="json") for signed in self.openings],

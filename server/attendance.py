@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from protocol.errors import BudgetExhausted, LedgerConflict, ModelMismatch, QuorumNotMet
 from protocol.plan import Plan
 from server.exchange import Exchanger
-from server.session import SETTLE_S, Member, ServerSession
+from server.members import Member, ServerSession
+from server.session import SETTLE_S
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")
@@ -67,11 +68,12 @@ class Attendance:
             _LOG.info("%s: %s", member.name, how)
         member.absent = False
 
-    def wait(self, *, for_all: bool = False) -> None:
-        """Wait until enough members are there for a round.
+    def wait(self, *, for_all: bool = False, instead: Callable[[], bool] | None = None) -> bool:
+        """Wait until enough members are there for a round; returns whether they are.
 
         Args:
             for_all: Wait for all members, and be content with enough of them once nobody else comes.
+            instead: Tells whether to stop waiting, because there is something else to do.
 
         Raises:
             QuorumNotMet: Fewer than `cohort.minimum` are there at `deadlines.pause_s`.
@@ -84,7 +86,9 @@ class Attendance:
             if present != count:
                 count, changed = present, now
             if present >= least and (not for_all or present >= wanted or now - changed > SETTLE_S):
-                return
+                return True
+            if instead is not None and instead():
+                return False
             if wanted < least:
                 raise QuorumNotMet(f"{wanted} owners are left in the run, {least} are needed")
             if now - started >= self._plan.deadlines.pause_s:
@@ -104,8 +108,8 @@ class Attendance:
         for member in asked:
             if member.fingerprint in answered or member.absent:
                 continue
-            if member.problem == ModelMismatch.code and member.known_round:
-                member.known_round = 0
+            if member.problem == ModelMismatch.code and member.known_round > self._session.first_round:
+                member.known_round = self._session.first_round
                 continue
             member.absent = True
             reason = member.problem or "no answer"

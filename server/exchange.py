@@ -25,6 +25,7 @@ _CODE = re.compile(r"FS-[A-Z]{1,16}-\d{2}")
 _FIRST_POLL_S, _LAST_POLL_S, _ALIVE_CHECK_S = 0.01, 0.25, 2.0
 
 BLOB_CONTENT = {
+    ("sent", "query.join"): "opened sums",
     ("received", "train.seal"): "ciphertext frames",
     ("received", "query.open"): "opened sums",
     ("sent", "train.fit"): "opened sums",
@@ -50,10 +51,11 @@ class Reply:
 
 @dataclass(frozen=True)
 class Request:
-    """What one node is sent."""
+    """What one node is sent; `content` says what the blob holds where `BLOB_CONTENT` does not."""
 
     body: bytes
     blob: bytes = b""
+    content: str | None = None
 
 
 Place = tuple[int, int]
@@ -172,7 +174,8 @@ class Exchanger:
         identifiers = push(self._grid, messages)
         sent = {key: place for key, place in zip(identifiers, numbered, strict=True) if key}
         for place in sent.values():
-            self._count("sent", kind, numbered[place].body, numbered[place].blob)
+            one = numbered[place]
+            self._count("sent", kind, one.body, one.blob, one.content)
         self._overdue |= {key: node for key, (node, _part) in sent.items()}
         return sent
 
@@ -190,10 +193,12 @@ class Exchanger:
         self._count("received", kind, body, blob)
         return Reply(node, body, blob, part=part)
 
-    def _count(self, direction: str, kind: str, body: bytes, blob: bytes) -> None:
+    def _count(
+        self, direction: str, kind: str, body: bytes, blob: bytes, content: str | None = None
+    ) -> None:
         self._store.transfer(direction, kind, "signed metadata", len(body))
         if blob:
-            content = BLOB_CONTENT.get((direction, kind), "unclassified")
+            content = content or BLOB_CONTENT.get((direction, kind), "unclassified")
             self._store.transfer(direction, kind, content, len(blob))
 
 

@@ -21,7 +21,7 @@ from server.attempts import Attempt
 from server.attendance import Attendance
 from server.exchange import Exchanger, Reply, Request
 from server.gathering import Gathering
-from server.session import Member, ServerSession
+from server.members import Member, ServerSession
 from server.store import RunStore
 
 

@@ -1,27 +1,32 @@
 """Going on with a run after its coordinator ended, however it ended.
 
-All that is needed stands in the run store. The owners keep their session keys themselves; nothing is
-agreed anew and nothing is opened anew. An attempt that was under way stays void: what was sealed for it
-stays charged, and the next attempt has a number above every number that was begun.
+All that is needed stands in the run store. The owners keep their session keys themselves. Nothing is
+agreed anew, except where the coordinator ended while it made a new roster, and nothing is opened anew. An
+attempt that was under way stays void: what was sealed for it stays charged, and the next attempt has a
+number above every number that was begun.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from crypto.certificates import verify_signing_certificate
+from crypto.certificates import check_revocations, verify_signing_certificate
 from crypto.signing import verify
 from crypto.trust import Trust
-from protocol.errors import CheckpointInvalid, RunFailed
+from protocol.errors import CertificateRefused, CheckpointInvalid, RunFailed
 from protocol.messages import Join, JoinReply, LedgerHead, Ready, Signed
 from protocol.optimizers import GlobalModel
-from server.session import Member, ServerSession
+from server.members import Member, ServerSession
+from server.rosters import Past
 from server.store import RunStore
 
 
 def recorded_session(store: RunStore, trust: Trust) -> ServerSession | None:
-    """Return the session that the run has, or None if no session stands yet.
+    """Return the session that the run has, or None if no session stands.
+
+    Members whose certificates have expired or were revoked are left out of it.
 
     Args:
         store: The run's store.
@@ -29,17 +34,54 @@ def recorded_session(store: RunStore, trust: Trust) -> ServerSession | None:
 
     Raises:
         RunFailed: The run folder is from before runs could be resumed.
-        CertificateRefused: A member's certificate has expired or was revoked; the owners refuse that
-            roster too.
+        CertificateRefused: The revocation list is not valid.
         SignatureInvalid, EncodingInvalid: The record was changed.
     """
     session = store.get("session")
     if session is None:
         return None
-    members = {fingerprint: _member(facts, trust) for fingerprint, facts in store.owners().items()}
-    if members.keys() != {member.fingerprint for member in members.values()}:
-        raise RunFailed("the record of the members is not in order")
-    return ServerSession(store.get("run"), session, dict(sorted(members.items())))
+    owners, roster = _owners(store, trust), store.get("roster", 1)
+    members = {name: owner for name, owner in owners.items() if owner.roster == roster}
+    starts = [Join.from_fields(owner.joined.join.body).start for owner in members.values()]
+    recorded = sum(facts["member"].get("roster", 1) == roster for facts in store.owners().values())
+    return ServerSession(
+        store.get("run"),
+        session,
+        members,
+        roster,
+        max((start.round for start in starts if start is not None), default=0),
+        {name: owner for name, owner in owners.items() if owner.roster != roster},
+        reduced=recorded > len(members),
+    )
+
+
+def recorded_past(store: RunStore, trust: Trust) -> Past | None:
+    """Return the past of a run that stopped while it got a later roster; None if it never had any.
+
+    Errors as in `recorded_session`.
+    """
+    run = store.get("run")
+    if run is None:
+        return None
+    owners, roster = _owners(store, trust), store.get("roster", 1)
+    following = {name for name, owner in owners.items() if owner.roster == roster}
+    return Past(run, recorded_steps(store), owners, following)
+
+
+def _owners(store: RunStore, trust: Trust) -> dict[str, Member]:
+    """Return the recorded owners, by fingerprint in ascending order, that have valid certificates.
+
+    Raises:
+        CertificateRefused: The revocation list itself is not valid.
+    """
+    check_revocations(trust.revocations, trust.authority, datetime.now(UTC))
+    owners = {}
+    for fingerprint, facts in sorted(store.owners().items()):
+        with suppress(CertificateRefused):
+            owners[fingerprint] = _member(facts, trust)
+            if owners[fingerprint].fingerprint != fingerprint:
+                raise RunFailed("the record of the members is not in order")
+    return owners
 
 
 def _member(facts: dict[str, Any], trust: Trust) -> Member:
@@ -63,6 +105,7 @@ def _member(facts: dict[str, Any], trust: Trust) -> Member:
         joined=joined,
         first_head=LedgerHead.from_fields(facts["ledger_first"]),
         last_head=LedgerHead.from_fields(facts["ledger_last"]),
+        roster=int(state.get("roster", 1)),
         ready=ready,
         known_round=int(state["known_round"]),
         excluded=bool(state["excluded"]),

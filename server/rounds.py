@@ -41,13 +41,18 @@ from server.evaluation import federated_accuracy
 from server.exchange import Exchanger, Reply, Request
 from server.gathering import Gathering
 from server.layout import frame_layout
+from server.members import Member, ServerSession
 from server.openings import Checks, OpeningExchange
-from server.session import Member, ServerSession
 from server.store import RunStore
 
 
 class RoundRunner:
-    """Runs attempts for one session.
+    """Runs attempts for one session after the other.
+
+    Attributes:
+        session: The session that attempts are made in.
+        attendance: Who of its members is there.
+        steps: For each finished round, the openings that agree.
 
     Args:
         exchanger: Sends requests.
@@ -69,15 +74,19 @@ class RoundRunner:
         self._store = store
         self._plan = plan
         self._packing = packing
-        self._session = session
         self._context = SealContext(packing, frame_layout(plan))
         store.set("frame_bytes", self._context.frame_bytes)
         self._seeds: set[bytes] = set()
-        self.attendance = Attendance(exchanger, store, plan, session)
         self._checks = Checks(store)
-        self._opening = OpeningExchange(exchanger, self._checks, plan, session, self.attendance)
         self.steps: list[list[Signed]] = []
         self._newest_sums = (range(0), b"")
+        self.enter(session)
+
+    def enter(self, session: ServerSession) -> None:
+        """Go on in a session."""
+        self.session = session
+        self.attendance = Attendance(self._exchanger, self._store, self._plan, session)
+        self._opening = OpeningExchange(self._exchanger, self._checks, self._plan, session, self.attendance)
 
     def run(self, attempt: Attempt, model: GlobalModel) -> GlobalModel:
         """Carry one training attempt through and return the next model.
@@ -128,7 +137,7 @@ class RoundRunner:
         ready: dict[str, Signed] = {}
         answered: set[str] = set()
         for reply in self._exchanger.ask("train.fit", requests, self._plan.deadlines.fit_s):
-            member = self._session.by_node(reply.node)
+            member = self.session.by_node(reply.node)
             answered.add(member.fingerprint)
             signed = self._checks.checked(member, reply, partial(self._ready, attempt, member))
             if signed is not None:
@@ -148,7 +157,7 @@ class RoundRunner:
             self._newest_sums = (missed, b"".join([self._store.sums(number) for number in missed]))
         sums = self._newest_sums[1]
         message = FitRequest(
-            session=self._session.session,
+            session=self.session.session,
             attempt=attempt.number,
             purpose=attempt.purpose,
             round=attempt.round,
@@ -161,7 +170,7 @@ class RoundRunner:
     def _ready(self, attempt: Attempt, member: Member, reply: Reply) -> Signed:
         answer = FitReply.from_bytes(reply.body)
         body = verify(answer.ready, member.public_key, Ready)
-        expected = (self._session.session, attempt.number, attempt.purpose, attempt.model_hash)
+        expected = (self.session.session, attempt.number, attempt.purpose, attempt.model_hash)
         if (body.session, body.attempt, body.purpose, body.model_hash) != expected:
             raise ProtocolViolation("a ready message is for another session, attempt, purpose or model")
         member.last_head, member.ready = body.ledger, answer.ready
@@ -171,8 +180,8 @@ class RoundRunner:
     # --- seal --------------------------------------------------------------------------------------
 
     def _seal(self, attempt: Attempt, gathering: Gathering, parameters: int) -> None:
-        listed = [self._session.members[signed.signer] for signed in attempt.ready]
-        message = SealRequest(session=self._session.session, attempt=attempt.number, ready=attempt.ready)
+        listed = [self.session.members[signed.signer] for signed in attempt.ready]
+        message = SealRequest(session=self.session.session, attempt=attempt.number, ready=attempt.ready)
         requests = [
             Request(message.model_copy(update={"part": part}).to_bytes())
             for part in range(len(gathering.parts))
@@ -184,7 +193,7 @@ class RoundRunner:
             {member.node: requests for member in listed},
             self._plan.deadlines.seal_s,
         ):
-            member = self._session.by_node(reply.node)
+            member = self.session.by_node(reply.node)
             if member.problem is not None:
                 continue
             take = partial(self._take_part, attempt, member, gathering, parameters)
@@ -233,7 +242,7 @@ class RoundRunner:
         signed = gathering.headers[member.fingerprint]
         expected = Header(
             version=1,
-            session=self._session.session,
+            session=self.session.session,
             attempt=attempt.number,
             purpose=attempt.purpose,
             preset_hash=self._packing.sha256(),

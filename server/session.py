@@ -5,13 +5,9 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from crypto.agreement import signed_hash
 from crypto.certificates import verify_signing_certificate
@@ -26,132 +22,24 @@ from protocol.messages import (
     JoinRequest,
     KeysReply,
     KeysRequest,
-    LedgerHead,
-    Purpose,
     RosterReply,
     RosterRequest,
     Session,
     Signed,
-    Statement,
+    Start,
     Wraps,
 )
 from protocol.plan import Plan
 from server.exchange import Exchanger, Reply, Request
+from server.members import Member, ServerSession
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")
 SETTLE_S = 3.0
 """Seconds without anybody new after which enough owners need not be all owners."""
 
-
-@dataclass
-class Member:
-    """An owner as the coordinator knows it.
-
-    Attributes:
-        name: Common name of its certificate.
-        fingerprint: SHA-256 of its signing public key.
-        node: Flower's node id; a restarted node keeps it, a restarted coordinator gives another.
-        node_key: Its node's public transport key, by which it is found again.
-        public_key: Verifies its signatures.
-        joined: Its join as it was sent.
-        first_head: Ledger head that it signed when it joined.
-        last_head: Newest ledger head that it signed.
-        ready: Its newest ready message, which is returned to it to show it its own ledger head.
-        known_round: Finished rounds that it has certainly applied.
-        activated: Node activation in which it was last asked; it is skipped once it failed to answer,
-            until it comes back.
-        absent: Whether it failed to answer since that activation.
-        problem: Code of its newest refusal or fault; None once it is asked again.
-        excluded: Whether it is left out of the rest of the run.
-        voided: Sealed attempts that were void because of it.
-        sealed: Training attempts for which it may have sealed: those it was asked to seal, until its
-            statement says how many it did seal.
-        sealed_evaluations: The same of evaluations.
-        received: Training attempts for which its frames arrived.
-        received_evaluations: The same of evaluations.
-        statement: Its closing statement.
-    """
-
-    name: str
-    fingerprint: str
-    node: int
-    node_key: str
-    public_key: Ed25519PublicKey
-    joined: JoinReply
-    first_head: LedgerHead
-    last_head: LedgerHead
-    ready: Signed | None = None
-    known_round: int = 0
-    activated: str = ""
-    absent: bool = False
-    problem: str | None = None
-    excluded: bool = False
-    voided: int = 0
-    sealed: int = 0
-    sealed_evaluations: int = 0
-    received: int = 0
-    received_evaluations: int = 0
-    statement: Signed | None = None
-
-    def note_asked(self, purpose: Purpose) -> None:
-        """Count one more attempt that may cost this owner privacy; before it is asked to seal."""
-        if purpose == "train":
-            self.sealed += 1
-        else:
-            self.sealed_evaluations += 1
-
-    def note_received(self, purpose: Purpose) -> None:
-        """Count one more attempt that did cost this owner privacy."""
-        if purpose == "train":
-            self.received += 1
-        else:
-            self.received_evaluations += 1
-
-    def note_statement(self, signed: Signed, body: Statement) -> None:
-        """Take an owner's own count, as far as it is not below what arrived."""
-        self.statement, self.last_head = signed, body.ledger
-        self.sealed = max(self.received, body.sealed_attempts)
-        self.sealed_evaluations = max(self.received_evaluations, body.sealed_evaluations)
-
-    def facts(self) -> dict[str, Any]:
-        """Return what the run store records of this owner; `server.resume` reads it again."""
-        return {
-            "name": self.name,
-            "certificate": self.joined.model_dump(mode="json")["certificate"],
-            "ledger_first": self.first_head.model_dump(mode="json"),
-            "ledger_last": self.last_head.model_dump(mode="json"),
-            "sealed": self.sealed,
-            "sealed_evaluations": self.sealed_evaluations,
-            "statement": _dumped(self.statement),
-            "member": {
-                "node_key": self.node_key,
-                "joined": self.joined.model_dump(mode="json"),
-                "ready": _dumped(self.ready),
-                "known_round": self.known_round,
-                "excluded": self.excluded,
-                "voided": self.voided,
-                "received": self.received,
-                "received_evaluations": self.received_evaluations,
-            },
-        }
-
-
-def _dumped(message: Signed | None) -> dict[str, Any] | None:
-    return None if message is None else message.model_dump(mode="json")
-
-
-@dataclass
-class ServerSession:
-    """A session whose members all confirmed the same keys."""
-
-    run: str
-    session: str
-    members: dict[str, Member] = field(default_factory=dict)
-
-    def by_node(self, node: int) -> Member:
-        """Return the member behind a node."""
-        return next(member for member in self.members.values() if member.node == node)
+TRIES = 3
+"""Rosters that are tried one after the other, each without the owners that made the one before fail."""
 
 
 def node_digest(node: int) -> str:
@@ -188,6 +76,9 @@ class Joining:
         store: Records refusals and owners.
         plan: The resolved plan.
         trust: The federation's authority and its revocation list.
+
+    Attributes:
+        failed: Nodes that refused since the last `forget`, with the code; an empty one for silence.
     """
 
     def __init__(
@@ -201,71 +92,95 @@ class Joining:
         self._store = store
         self._plan = plan
         self._trust = trust
+        self.failed: dict[int, str] = {}
+
+    def forget(self) -> None:
+        """Give every node a new chance."""
+        self.failed.clear()
 
     def establish(self) -> ServerSession:
-        """Join all owners that consent, and return the session.
+        """Join all owners that consent to a run's first roster, and return the session.
 
-        An owner that fails after its join spoils the roster, so joining starts again without it; a run
-        identifier is never used for two rosters.
+        An owner that fails after its join spoils the roster, so joining starts again without it, and as
+        another run.
 
         Raises:
             QuorumNotMet: Too few owners consent, or joining failed three times.
         """
         nodes = wait_for_owners(self._exchanger, self._plan)
-        for _ in range(3):
+        self.forget()
+        for _ in range(TRIES):
             run = secrets.token_hex(32)
-            members = self._join(run, nodes)
-            replies = self._roster(run, members)
-            if replies.keys() == members.keys():
-                session = self._keys(run, members, replies)
-                if session is not None:
-                    return session
-            nodes = {node: nodes[node] for node in nodes if self._still_willing(node, members)}
-        raise QuorumNotMet("joining failed three times")
+            request = Request(JoinRequest(run=run, plan=self._plan.fields()).to_bytes())
+            members = self.joined(run, dict.fromkeys(nodes, request))
+            self.require_enough(members)
+            session = self.agreed(run, members)
+            if session is not None:
+                return ServerSession(run, session, members)
+            willing = {member.node for member in members.values()} - self.failed.keys()
+            nodes = {node: nodes[node] for node in nodes if node in willing}
+        raise QuorumNotMet(f"joining failed {TRIES} times")
 
-    def _join(self, run: str, nodes: dict[int, str]) -> dict[str, Member]:
-        request = Request(JoinRequest(run=run, plan=self._plan.fields()).to_bytes())
-        members: dict[str, Member] = {}
-        keys = {node: key for key, (node, _activated) in self._exchanger.online_by_key().items()}
-        for reply in self._ask("query.join", dict.fromkeys(nodes, request)):
-            try:
-                member = self._member(run, reply, keys.get(reply.node, ""))
-            except FedsealError as error:
-                self._refuse(node_digest(reply.node), "query.join", error)
-                continue
-            members[member.fingerprint] = member
-        members = dict(sorted(members.items()))
-        self._store.event("joined", owners=len(members), members=list(members))
+    def require_enough(self, members: Collection[str]) -> None:
+        """Raise `QuorumNotMet` if fewer than `cohort.minimum` owners joined."""
         if len(members) < self._plan.cohort.minimum:
             raise QuorumNotMet(
                 f"{len(members)} owners joined, {self._plan.cohort.minimum} are needed; "
                 f"refusals: {self._codes()}"
             )
-        for member in members.values():
-            member.activated = nodes[member.node]
+
+    def joined(
+        self, run: str, requests: dict[int, Request], start: Start | None = None
+    ) -> dict[str, Member]:
+        """Ask nodes to join; returns who consents, by fingerprint in ascending order.
+
+        Args:
+            run: The run's identifier.
+            requests: A join request by node.
+            start: What the requests say of a later roster.
+        """
+        members: dict[str, Member] = {}
+        known = {node: (key, since) for key, (node, since) in self._exchanger.online_by_key().items()}
+        for reply in self._ask("query.join", requests):
+            try:
+                member = self._member(run, reply, start)
+            except FedsealError as error:
+                self._refuse(reply.node, node_digest(reply.node), "query.join", error)
+                continue
+            member.node_key, member.activated = known.get(reply.node, ("", ""))
+            members[member.fingerprint] = member
+        members = dict(sorted(members.items()))
+        self._store.event("joined", owners=len(members), members=list(members))
         return members
+
+    def agreed(self, run: str, members: dict[str, Member]) -> str | None:
+        """Let members exchange keys; returns the session's hash, or None if one of them failed."""
+        replies = self._roster(run, members)
+        return self._keys(run, members, replies) if replies.keys() == members.keys() else None
 
     def _codes(self) -> str:
         codes = [refusal["code"] for refusal in self._store.refusals()]
         return ", ".join(sorted(set(codes))) or "none"
 
-    def _member(self, run: str, reply: Reply, node_key: str) -> Member:
+    def _member(self, run: str, reply: Reply, start: Start | None) -> Member:
         joined = JoinReply.from_bytes(reply.body)
         certified = verify_signing_certificate(
             joined.certificate, self._trust.authority, self._trust.revocations, datetime.now(UTC)
         )
         body = verify(joined.join, certified.public_key, Join)
-        if body.run != run or body.plan_hash != self._plan.sha256():
-            raise ProtocolViolation("a join is for another run or plan")
+        if (body.run, body.plan_hash, body.start) != (run, self._plan.sha256(), start):
+            raise ProtocolViolation("a join is for another run, plan or roster")
         return Member(
             name=certified.name,
             fingerprint=certified.fingerprint,
             node=reply.node,
-            node_key=node_key,
+            node_key="",
             public_key=certified.public_key,
             joined=joined,
             first_head=body.ledger,
             last_head=body.ledger,
+            roster=1 if start is None else start.roster,
+            known_round=0 if start is None else start.round,
         )
 
     def _roster(self, run: str, members: dict[str, Member]) -> dict[str, RosterReply]:
@@ -281,14 +196,12 @@ class Joining:
                 body = verify(answer.wraps, member.public_key, Wraps)
                 _check_wraps(answer, body, signed_hash([m.join for m in joins]), set(members) - {own})
             except FedsealError as error:
-                self._refuse(member.fingerprint, "query.roster", error)
+                self._refuse(member.node, member.fingerprint, "query.roster", error)
                 continue
             replies[member.fingerprint] = answer
         return dict(sorted(replies.items()))
 
-    def _keys(
-        self, run: str, members: dict[str, Member], replies: dict[str, RosterReply]
-    ) -> ServerSession | None:
+    def _keys(self, run: str, members: dict[str, Member], replies: dict[str, RosterReply]) -> str | None:
         wraps = [reply.wraps for reply in replies.values()]
         trees = {s: WrapTree(wrap_digests(r.seeds, r.keys, r.dealt)) for s, r in replies.items()}
         requests = {
@@ -312,29 +225,32 @@ class Joining:
             member = nodes[reply.node]
             try:
                 answer = KeysReply.from_bytes(reply.body)
-                if verify(answer.session, member.public_key, Session).session == session:
-                    confirmed.add(member.fingerprint)
+                if verify(answer.session, member.public_key, Session).session != session:
+                    raise ProtocolViolation("an owner confirmed another session")
+                confirmed.add(member.fingerprint)
             except FedsealError as error:
-                self._refuse(member.fingerprint, "query.keys", error)
-        return ServerSession(run, session, members) if confirmed == members.keys() else None
+                self._refuse(member.node, member.fingerprint, "query.keys", error)
+        return session if confirmed == members.keys() else None
 
-    def _refuse(self, owner: str, kind: str, error: FedsealError) -> None:
+    def _refuse(self, node: int, owner: str, kind: str, error: FedsealError) -> None:
         # the detail may name a field as its sender spelled it, line breaks included
         _LOG.warning("an answer to %s is refused: %s %s", kind, error.code, ascii(error.detail)[:200])
+        self.failed[node] = error.code
         self._store.refuse(owner, kind, error.code)
 
-    def _still_willing(self, node: int, members: dict[str, Member]) -> bool:
-        refused = {refusal["owner"] for refusal in self._store.refusals()}
-        names = {node_digest(node)} | {m.fingerprint for m in members.values() if m.node == node}
-        return not names & refused and any(m.node == node for m in members.values())
-
     def _ask(self, kind: str, requests: dict[int, Request]) -> Iterable[Reply]:
+        silent = set(requests)
         for reply in self._exchanger.ask(kind, requests, self._plan.deadlines.join_s):
+            silent.discard(reply.node)
             if reply.code is None:
                 yield reply
             else:
+                self.failed[reply.node] = reply.code
                 self._store.refuse(node_digest(reply.node), kind, reply.code)
                 self._store.event("refused", exchange=kind, code=reply.code)
+        for node in silent:
+            _LOG.warning("an owner does not answer %s", kind)
+            self.failed[node] = ""
 
 
 def _returned_heads(member: Member, replies: Iterable[RosterReply]) -> list[Signed]:

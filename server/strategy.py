@@ -1,10 +1,11 @@
-"""The run as a Flower strategy: join once, then rounds of three exchanges, then the owners' statements."""
+"""The run as a Flower strategy: join, then rounds of three exchanges, then the owners' statements."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -26,9 +27,10 @@ from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 from server.attempts import Attempt
 from server.exchange import Exchanger, Reply, Request
-from server.resume import recorded_model, recorded_session, recorded_steps
+from server.members import Member, ServerSession
+from server.resume import recorded_model, recorded_past, recorded_session, recorded_steps
+from server.rosters import Rosters
 from server.rounds import RoundRunner
-from server.session import Joining, Member, ServerSession
 from server.store import RunStore, now_text
 
 _LOG = logging.getLogger("fedseal.server")
@@ -98,52 +100,64 @@ class SealStrategy(Strategy):
             CheckpointInvalid: The last finished round's model is not on the disk any more.
         """
         exchanger = Exchanger(grid, self._store)
+        self._rosters = Rosters(exchanger, self._store, self._plan, self._trust)
         session = recorded_session(self._store, self._trust)
         resumed = session is not None
         if session is None:
-            session = Joining(exchanger, self._store, self._plan, self._trust).establish()
-            self._record_session(session)
+            session = self._session_anew()
         packing = packing_for(self._plan.encryption.preset, self._plan.cohort.maximum)
         runner = RoundRunner(exchanger, self._store, self._plan, packing, session)
         runner.steps = recorded_steps(self._store)
         if resumed:
             self._store.event("resumed", rounds=len(runner.steps), owners=len(session.members))
             runner.attendance.wait(for_all=True)
-        model = self._rounds(runner, session)
-        self._close(exchanger, runner, session, model)
+        model = self._rounds(runner)
+        self._close(exchanger, runner, model)
         with self._store.transaction():
             self._store.set("state", "finished")
             self._store.set("finished_at", now_text())
             self._store.event("finished", rounds=self._plan.run.rounds)
         return Result()
 
-    def _rounds(self, runner: RoundRunner, session: ServerSession) -> GlobalModel:
+    def _session_anew(self) -> ServerSession:
+        """Make a run's first roster, or the one that it stopped at."""
+        past = recorded_past(self._store, self._trust)
+        if past is None:
+            return self._rosters.first()
+        return self._rosters.again(past, recorded_model(self._store, self._initial))
+
+    def _rounds(self, runner: RoundRunner) -> GlobalModel:
         model = recorded_model(self._store, self._initial)
         if not runner.steps:
             self._store.write_checkpoint(0, model)
         else:
-            self._evaluate_if_due(runner, session, len(runner.steps), model)
+            self._evaluate_if_due(runner, len(runner.steps), model)
         while len(runner.steps) < self._plan.run.rounds:
-            runner.attendance.wait()
-            attempt = self._begin(len(runner.steps) + 1, model, "train")
+            self._rosters.renew_if_due(runner, model)
+            if not runner.attendance.wait(instead=partial(self._rosters.somebody_waits, runner)):
+                continue
+            attempt = self._begin(len(runner.steps) + 1, model, "train", runner.session)
             try:
                 model = runner.run(attempt, model)
             except FedsealError as error:
-                self._void(attempt, session, error)
+                self._void(attempt, runner.session, error)
                 self._require_hope(runner, error)
                 time.sleep(_RETRY_PAUSE_S)
                 continue
             runner.steps.append(attempt.openings)
-            self._finish(attempt, model, session)
-            self._evaluate_if_due(runner, session, attempt.round, model)
+            self._finish(attempt, model, runner.session)
+            self._evaluate_if_due(runner, attempt.round, model)
         return model
 
-    def _begin(self, round_number: int, model: GlobalModel, purpose: Purpose) -> Attempt:
+    def _begin(
+        self, round_number: int, model: GlobalModel, purpose: Purpose, session: ServerSession
+    ) -> Attempt:
         """Begin an attempt with a new number; training and evaluation share one row of numbers.
 
         It is recorded before anybody hears of it, so that its number is never used again.
         """
-        attempt = Attempt(self._store.last_attempt() + 1, round_number, model.sha256(), purpose)
+        number = self._store.last_attempt() + 1
+        attempt = Attempt(number, round_number, model.sha256(), session.session, purpose)
         facts = attempt.facts(reason=RunInterrupted.code)
         self._store.void_attempt(attempt.number, purpose, round_number, facts)
         return attempt
@@ -156,22 +170,20 @@ class SealStrategy(Strategy):
         if begun >= self._plan.run.rounds + self._plan.run.spare_attempts:
             raise RunFailed(f"all attempts are used up; the last one ended with {error.code}") from error
 
-    def _evaluate_if_due(
-        self, runner: RoundRunner, session: ServerSession, round_number: int, model: GlobalModel
-    ) -> None:
+    def _evaluate_if_due(self, runner: RoundRunner, round_number: int, model: GlobalModel) -> None:
         """Let the owners evaluate a finished round's model; where that fails the run goes on without.
 
         Nothing that follows depends on the result: a run is priced as one whose length is fixed.
         """
         while self._may_evaluate(round_number):
-            attempt = self._begin(round_number, model, "evaluate")
+            attempt = self._begin(round_number, model, "evaluate", runner.session)
             try:
                 estimate = runner.evaluate(attempt)
             except FedsealError as error:
-                self._void(attempt, session, error)
+                self._void(attempt, runner.session, error)
                 time.sleep(_RETRY_PAUSE_S)
                 continue
-            self._finish_evaluation(attempt, estimate, session)
+            self._finish_evaluation(attempt, estimate, runner.session)
 
     def _may_evaluate(self, round_number: int) -> bool:
         """Tell whether a round's model is still to be evaluated, by what is recorded of it."""
@@ -239,10 +251,9 @@ class SealStrategy(Strategy):
         self,
         exchanger: Exchanger,
         runner: RoundRunner,
-        session: ServerSession,
         model: GlobalModel,
     ) -> None:
-        requests = {}
+        session, requests = runner.session, {}
         for member in runner.attendance.present():
             sums = b"".join(
                 self._store.sums(number) for number in range(member.known_round + 1, len(runner.steps) + 1)
@@ -273,13 +284,6 @@ class SealStrategy(Strategy):
             raise ProtocolViolation("a statement is about another session, plan or model")
         member.note_statement(signed, body)
         self._store.put_owner(member.fingerprint, member.facts())
-
-    def _record_session(self, session: ServerSession) -> None:
-        with self._store.transaction():
-            self._store.set("run", session.run)
-            self._store.set("session", session.session)
-            self._record_members(session)
-            self._store.event("session", owners=len(session.members), members=list(session.members))
 
     def _record_members(self, session: ServerSession) -> None:
         for member in session.members.values():

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 SCHEMA = json.loads((Path(__file__).parents[1] / "audit/schema/report-2.json").read_bytes())
 TESTS, PLANNED = SCHEMA["$defs"]["required"]["properties"], "as planned"
 PLACES, FREE = {"wire", "disk", "logs", "reports", "coordinator memory"}, "without protection"
-WHERE = {"ciphertext frames": "train.seal", "opened sums": "query.open", "unclassified": None}
+AT = {"ciphertext frames": "train.seal", "opened sums": "query.open", "unclassified": 0, "global model": 0}
 
 def signature_holds(r):
     s, rest = r["signature"], {k: r[k] for k in r if k != "signature"}
@@ -38,7 +38,7 @@ def run_checks(r):
     groups = [set(e["contributors"]) for e in opened]
     small = any(len(g) < p["cohort_minimum"] or not g <= known for g in groups)
     got = [e for e in r["transcript"] if e["direction"] == "received"]
-    odd = any(WHERE.get(e["content"], e["kind"]) != e["kind"] for e in got)
+    odd = any(AT.get(e["content"], e["kind"]) != e["kind"] for e in got)
     odd |= any(e["content"] == "error code" and e["max_bytes"] > 4096 for e in got)
     each = (enc["frame_bytes"] or 0) / max(1, enc["values_per_frame"])
     large = each > {"exact16": 3.6, "compact": 2.4}.get(enc["preset"], 4) or each >= 4

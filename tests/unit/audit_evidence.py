@@ -104,6 +104,7 @@ def _round(number: int, attempt: int, names: list[str], void: bool = False) -> d
 def statement_body(run_plan: Plan, sealed: int, owner: str, **changes: Any) -> Statement:
     fields: dict[str, Any] = {
         "session": sha("session"),
+        "sessions": [sha("session")],
         "plan_hash": run_plan.sha256(),
         "model_hash": sha("final model"),
         "unit": "example",

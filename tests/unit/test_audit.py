@@ -28,6 +28,7 @@ from crypto.certificates import fingerprint
 from crypto.signing import sign
 from protocol.accounting import epsilon_after
 from protocol.errors import ReportInvalid
+from protocol.messages import Statement
 from tests.unit.audit_evidence import (
     NOW,
     OWNERS,
@@ -382,6 +383,30 @@ def test_openings_are_counted_once_and_only_when_they_agree() -> None:
     for field in ("session", "headers_hash", "list_hash", "model_hash", "sums_hash"):
         strange = _opening(OWNERS[2], **{field: sha("other")})
         assert openings_after(lambda entry, odd=strange: entry["openings"].__setitem__(2, odd)) == 2
+
+
+def openings_of_an_earlier_session(*named_by: str) -> int:
+    """Count a first round's openings that are of an earlier session, which some owners' statements name."""
+    fields, keys = evidence_fields(), credentials()[1]
+    fields["rounds"][0]["openings"] = [_opening(name, session=sha("earlier")) for name in OWNERS[:3]]
+    for owner in fields["owners"]:
+        if owner["name"] in named_by:
+            body = Statement.from_fields(owner["statement"]["body"])
+            body = body.model_copy(update={"sessions": [sha("earlier"), sha("session")]})
+            owner["statement"] = sign(keys[owner["name"]].signing_key, body).model_dump(mode="json")
+    return int(build_report(RunEvidence.from_fields(fields), NOW)["rounds"][0]["agreeing_openings"])
+
+
+def test_an_earlier_roster_counts_where_every_statement_names_its_session() -> None:
+    """One owner's word would let openings of any other run count."""
+    assert openings_of_an_earlier_session() == 0
+    assert openings_of_an_earlier_session(OWNERS[0]) == 0
+    assert openings_of_an_earlier_session(*OWNERS) == 3
+
+
+def test_a_statement_must_name_its_own_session_last() -> None:
+    assert claim_with(signed_statement(sessions=[]))["disagreements"] == ["session"]
+    assert claim_with(signed_statement(sessions=[sha("session"), sha("b")]))["disagreements"] == ["session"]
 
 
 def test_a_stranger_or_a_forged_signature_does_not_count() -> None:

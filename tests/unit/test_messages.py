@@ -25,6 +25,7 @@ from protocol.messages import (
     RosterReply,
     Session,
     Signed,
+    Start,
     Statement,
     Wraps,
 )
@@ -46,6 +47,7 @@ HEADER = Header(
 )
 STATEMENT = Statement(
     session=A,
+    sessions=[B, A],
     plan_hash=B,
     model_hash=C,
     unit="example",
@@ -59,7 +61,17 @@ STATEMENT = Statement(
     void_attempts=0,
     ledger=HEAD,
 )
-JOIN = Join(version=1, run=A, plan_hash=B, nonce_commitment=C, hpke_key=b"key", ledger=HEAD)
+START = Start(roster=2, round=1, model_hash=C, sessions=[A])
+JOIN = Join(
+    version=1,
+    run=A,
+    plan_hash=B,
+    start=None,
+    vouches=True,
+    nonce_commitment=C,
+    hpke_key=b"key",
+    ledger=HEAD,
+)
 EXAMPLES: list[Message] = [
     HEAD,
     SIGNED,
@@ -67,7 +79,9 @@ EXAMPLES: list[Message] = [
     STATEMENT,
     STATEMENT.model_copy(update={"epsilon": None}),
     JOIN,
+    JOIN.model_copy(update={"start": START, "vouches": False}),
     JoinRequest(run=A, plan={"run": {"name": "x"}}),
+    JoinRequest(run=A, plan={"run": {"name": "x"}}, start=START, steps=[[SIGNED]]),
     JoinReply(certificate=b"der", join=SIGNED),
     Wraps(run=A, plan_hash=A, roster_hash=B, nonce=C, wraps_hash=C, key_commitment=None),
     RosterReply(wraps=SIGNED, seeds={A: b"1", B: b""}, keys={}, dealt=None, heads={B: SIGNED}),
@@ -132,8 +146,9 @@ def test_every_message_type_is_strict_and_closed(kind: type[Message]) -> None:
     assert config["strict"] is True
     assert config["extra"] == "forbid"
     assert config["frozen"] is True
-    # a request whose part is not spelled out is refused all the same: it would not encode to its own bytes
-    assert all(field.is_required() for name, field in kind.model_fields.items() if name != "part")
+    # what is not spelled out is refused all the same: it would not encode to its own bytes
+    optional = {"start", "steps"} if kind is JoinRequest else {"part"}
+    assert all(field.is_required() for name, field in kind.model_fields.items() if name not in optional)
 
 
 def test_every_body_has_its_own_kind() -> None:

@@ -482,6 +482,8 @@ def test_an_owner_refuses_a_revoked_peer_without_a_restart(folder: Path) -> None
         version=1,
         run="a" * 64,
         plan_hash="b" * 64,
+        start=None,
+        vouches=True,
         nonce_commitment="c" * 64,
         hpke_key=b"key",
         ledger=LedgerHead(sequence=0, head="d" * 64),

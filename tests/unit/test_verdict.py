@@ -128,6 +128,7 @@ BROKEN: list[tuple[str, list[Any], Any]] = [
     ("ledger-forward", ["claims", 2, "ledger_went_back"], True),
     ("no-server-key", ["server", "has_secret_key"], True),
     ("received-content", ["transcript", 0, "content"], "unclassified"),
+    ("received-content", ["transcript", 0, "content"], "global model"),
     ("received-content", ["transcript", 0, "content"], "ciphertext frames"),
     ("received-content", ["transcript", 0, "content"], "opened sums"),
     ("received-content", ["transcript", 4, "max_bytes"], 5000),

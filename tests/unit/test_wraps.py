@@ -22,6 +22,7 @@ from protocol.messages import (
     RosterReply,
     RosterRequest,
     Signed,
+    Start,
     Wraps,
 )
 
@@ -141,6 +142,8 @@ def test_what_an_owner_receives_when_it_joins_fits_for_the_largest_cohort() -> N
         version=1,
         run=A,
         plan_hash=A,
+        start=Start(roster=2**53, round=2**40, model_hash=A, sessions=[A] * 4),
+        vouches=False,
         nonce_commitment=C,
         hpke_key=HpkeKey.generate().public(),
         ledger=LedgerHead(sequence=2**40, head=A),

@@ -1,0 +1,118 @@
+"""Later rosters of a run: from which model an owner goes on, and whom it believes that it is the run's.
+
+Guarantee: whoever was in the run computes that model itself, as in every round. Whoever was not takes it
+only with the word of a quorum of the roster's members that they computed it, which is the trust that a
+round's opening has. An owner never goes back to an earlier round or roster of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from client.following import follow
+from client.owner import Owner
+from client.state import RunState
+from protocol.errors import ModelMismatch, ProtocolViolation, RosterRefused
+from protocol.messages import Join, JoinRequest, Start
+from protocol.optimizers import GlobalModel
+from protocol.plan import Plan
+
+
+def first_model(
+    known: RunState | None, request: JoinRequest, blob: bytes, initial: GlobalModel
+) -> GlobalModel:
+    """Return the model of a run's first roster, which the plan alone decides.
+
+    Raises:
+        ProtocolViolation: The run was joined before, or the request brings a model.
+    """
+    if known is not None:
+        raise ProtocolViolation("this run was joined before; only the same request is answered again")
+    if request.steps or blob:
+        raise ProtocolViolation("a run's first roster starts from the plan's own model")
+    return initial
+
+
+def later_model(
+    owner: Owner,
+    known: RunState | None,
+    request: JoinRequest,
+    start: Start,
+    blob: bytes,
+    initial: GlobalModel,
+) -> tuple[GlobalModel, bool]:
+    """Return the model that a later roster starts from, and whether this owner computed it itself.
+
+    Args:
+        owner: This owner.
+        known: Its state of the run, if it was in an earlier roster.
+        request: Names the model, and brings the openings that lead to it from this owner's own.
+        start: The request's.
+        blob: The sums of these openings, or the model.
+        initial: The plan's own model.
+
+    Raises:
+        ModelMismatch: It is not the named model, or one that this owner has left behind.
+        ProtocolViolation: The run is closed or of another plan, or the roster is not a later one.
+        SessionMismatch: Openings came, and this owner has no session to check them in.
+        EncodingInvalid: The model is malformed.
+    """
+    if known is not None:
+        _require_later(known, request, start)
+        if request.steps or not blob:
+            return _followed(owner, known, request, start, blob)
+    if start.round == 0 and not blob:
+        model, vouches = initial, True
+    else:
+        model, vouches = GlobalModel.from_bytes(blob, initial.weights.size), False
+    if model.sha256() != start.model_hash:
+        raise ModelMismatch("the model is not the one that is named")
+    if start.round == 0 and model.sha256() != initial.sha256():
+        raise ModelMismatch("before the first round the model is the plan's own")
+    if known is not None and known.round == start.round:
+        if owner.store.model(known.run).sha256() != model.sha256():
+            raise ModelMismatch("this owner has another model after that round")
+        vouches = known.computed
+    return model, vouches
+
+
+def _require_later(known: RunState, request: JoinRequest, start: Start) -> None:
+    if known.stage == "closed":
+        raise ProtocolViolation("this run is closed")
+    if known.parsed_plan().sha256() != Plan.from_fields(request.plan).sha256():
+        raise ProtocolViolation("this run was joined with another plan")
+    if known.start is not None and start.roster <= known.start.roster:
+        raise ProtocolViolation("a later roster must have a higher number than every earlier one")
+    if not set(known.sealed_in) <= set(start.sessions):
+        raise ProtocolViolation("a session that this owner sealed in is not among the run's")
+    if start.round < known.round:
+        raise ModelMismatch("this owner has applied more rounds than the roster starts from")
+
+
+def _followed(
+    owner: Owner, known: RunState, request: JoinRequest, start: Start, blob: bytes
+) -> tuple[GlobalModel, bool]:
+    if request.steps:
+        known.keyed_session()
+        model, finished = follow(owner, known, request.steps, blob)
+    else:
+        model, finished = owner.store.model(known.run), known.round
+    if (model.sha256(), finished) != (start.model_hash, start.round):
+        raise ModelMismatch("the openings lead to another model or another round")
+    return model, known.computed
+
+
+def require_vouched(plan: Plan, start: Start | None, joins: Sequence[Join]) -> None:
+    """Check that all members start from the same model, and that enough of them computed it themselves.
+
+    Raises:
+        RosterRefused: They do not.
+    """
+    if any(join.start != start for join in joins):
+        raise RosterRefused("the members start from different models, rounds or rosters")
+    vouching = sum(join.vouches for join in joins)
+    if start is not None and start.round > 0 and vouching < plan.encryption.quorum:
+        raise RosterRefused(
+            f"{vouching} members vouch for the model that the roster starts from, "
+            f"{plan.encryption.quorum} are needed"
+        )

@@ -1,0 +1,335 @@
+"""Owners come and go between the rounds of a run: the roster is made anew, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context
+from real_federation import small_plan
+
+from client.app import make_app
+from client.owner import Owner
+from client.state import RunState
+from protocol.errors import QuorumNotMet
+from protocol.messages import Join, Opening
+from scenarios.simulate import Simulation, federate
+from server.app import run_plan
+from server.store import RunStore
+from tasks.partition import digits
+from tasks.resolve import resolve
+
+ROUNDS = 4
+Hook = Callable[[int], None]
+
+
+def fixed(owner: Owner, _context: Context) -> Owner:
+    return owner
+
+
+class Scene:
+    """A simulated federation whose nodes come and go when rounds finish."""
+
+    def __init__(self, folder: Path, owners: int, **sections: dict[str, Any]) -> None:
+        defaults = {
+            "run": {"rounds": ROUNDS, "spare_attempts": 3},
+            "cohort": {"minimum": 3, "maximum": 5},
+            "deadlines": {"pause_s": 2.0, "join_s": 20.0},
+        }
+        fields = {
+            name: defaults.get(name, {}) | sections.get(name, {}) for name in {**defaults, **sections}
+        }
+        self.plan = resolve(small_plan(**fields))
+        shards, _public = digits(0, owners)
+        self.simulation: Simulation = federate(self.plan, shards, folder)
+        self.nodes = sorted(self.simulation.owners)
+
+    @property
+    def store(self) -> RunStore:
+        return self.simulation.store
+
+    def owner(self, index: int) -> Owner:
+        return self.simulation.owners[self.nodes[index]]
+
+    def go(self, index: int) -> None:
+        self.simulation.grid.remove(self.nodes[index])
+
+    def come(self, index: int) -> None:
+        self.simulation.grid.add(self.nodes[index], make_app(partial(fixed, self.owner(index))))
+
+    def run(self, monkeypatch: pytest.MonkeyPatch, after: dict[int, Hook]) -> None:
+        """Run the plan; `after` says what happens behind a round, before it counts."""
+        finish = RunStore.finish_round
+
+        def finish_round(store: RunStore, attempt: int, number: int, *rest: Any) -> None:
+            finish(store, attempt, number, *rest)
+            if number in after:
+                after.pop(number)(number)
+
+        monkeypatch.setattr(RunStore, "finish_round", finish_round)
+        self.simulation.run()
+
+    def contributors(self) -> list[list[int]]:
+        """Return for each finished round who contributed, by index."""
+        prints = {self.owner(index).fingerprint: index for index in range(len(self.nodes))}
+        return [sorted(prints[one] for one in facts["contributors"]) for facts in self.store.rounds()]
+
+    def sessions(self) -> list[dict[str, Any]]:
+        return [facts for _id, _time, kind, facts in self.store.events() if kind == "session"]
+
+    def state(self, index: int) -> RunState:
+        state = self.owner(index).store.find(self.store.get("run"))
+        assert state is not None
+        return state
+
+    def check_models(self, *indices: int) -> None:
+        final = self.store.read_checkpoint(self.store.finished_rounds()).sha256()
+        for index in indices:
+            assert self.owner(index).store.model(self.store.get("run")).sha256() == final
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Callable[..., Scene]]:
+    made: list[Scene] = []
+
+    def make(owners: int, **sections: dict[str, Any]) -> Scene:
+        made.append(Scene(tmp_path / f"scene-{len(made)}", owners, **sections))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.simulation.close()
+
+
+def test_an_owner_joins_between_two_rounds(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = scene(4)
+    made.go(3)
+    made.run(monkeypatch, {2: lambda _round: made.come(3)})
+    assert made.contributors() == [[0, 1, 2], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    made.check_models(0, 1, 2, 3)
+    first, second = made.sessions()
+    assert first["owners"] == 3
+    assert (second["owners"], second["round"], second["new"]) == (4, 2, ["owner-4"])
+    # one run in every ledger, and each owner pays for what it sealed
+    run = made.store.get("run")
+    assert [made.owner(index).ledger.spent(run).sealed for index in range(4)] == [4, 4, 4, 2]
+    assert all(len(made.owner(index).ledger.totals().unprotected) == 0 for index in range(4))
+    for index in range(4):
+        opened = [one.body for one in made.owner(index).ledger.records() if one.body["kind"] == "open_run"]
+        assert [one["run"] for one in opened] == [run]
+    owners = made.store.owners()
+    assert all(facts["statement"] is not None for facts in owners.values())
+    assert [owners[made.owner(index).fingerprint]["sealed"] for index in range(4)] == [4, 4, 4, 2]
+    # openings name two sessions, and so do the attempts that they belong to
+    said = [Opening.from_fields(facts["openings"][0]["body"]).session for facts in made.store.rounds()]
+    assert said == [facts["session"] for facts in made.store.rounds()]
+    assert said[0] == said[1] != said[2] == said[3] == made.store.get("session")
+
+
+def test_keys_of_the_earlier_roster_are_gone(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = scene(4)
+    made.go(3)
+    before: list[RunState] = []
+
+    def come(_round: int) -> None:
+        before.append(made.state(0))
+        made.come(3)
+
+    after: list[RunState] = []
+    made.run(monkeypatch, {2: come, 3: lambda _round: after.append(made.state(0))})
+    old, new = before[0], after[0]
+    assert old.session != new.session
+    assert old.bfv_key != new.bfv_key
+    assert not set(old.chain_keys.values()) & set(new.chain_keys.values())
+    assert new.start is not None
+    assert (new.start.roster, new.start.round) == (2, 2)
+    assert set(old.sealed) < set(new.sealed)
+    joins = {Join.from_fields(reply.join.body).vouches for reply in new.members}
+    assert joins == {True, False}
+
+
+def test_another_owner_takes_the_place_of_one_that_is_gone(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the run would pause: two owners are left, three are needed."""
+    made = scene(4)
+    made.go(3)
+
+    def change(_round: int) -> None:
+        made.go(2)
+        made.come(3)
+
+    made.run(monkeypatch, {2: change})
+    assert made.contributors() == [[0, 1, 2], [0, 1, 2], [0, 1, 3], [0, 1, 3]]
+    made.check_models(0, 1, 3)
+    owners = made.store.owners()
+    assert owners[made.owner(2).fingerprint]["statement"] is None
+    assert owners[made.owner(2).fingerprint]["sealed"] == 2
+
+
+def test_an_owner_leaves_and_comes_back_through_a_third_roster(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = scene(5, run={"rounds": 6})
+    made.go(3)
+    made.go(4)
+
+    def first(_round: int) -> None:
+        made.go(0)
+        made.come(3)
+
+    made.run(monkeypatch, {1: first, 3: lambda _r: made.come(0), 4: lambda _r: made.come(4)})
+    assert made.contributors()[0] == [0, 1, 2]
+    assert made.contributors()[1:3] == [[1, 2, 3]] * 2
+    assert made.contributors()[3] == [0, 1, 2, 3]
+    assert made.contributors()[4:] == [[0, 1, 2, 3, 4]] * 2
+    made.check_models(0, 1, 2, 3, 4)
+    run = made.store.get("run")
+    assert [made.owner(index).ledger.spent(run).sealed for index in range(5)] == [4, 6, 6, 5, 2]
+    assert [len(one["members"]) for one in made.sessions()] == [3, 3, 4, 5]
+
+
+def test_nobody_joins_where_the_roster_is_full(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = scene(4, cohort={"minimum": 3, "maximum": 3})
+    made.go(3)
+    made.run(monkeypatch, {1: lambda _round: made.come(3)})
+    assert made.contributors() == [[0, 1, 2]] * ROUNDS
+    assert len(made.sessions()) == 1
+
+
+def test_who_does_not_consent_stays_outside_and_the_session_stands(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = scene(4)
+    made.go(3)
+    newcomer = made.owner(3)
+    newcomer.policy = newcomer.policy.model_copy(
+        update={"plans": newcomer.policy.plans.model_copy(update={"models": ("cnn",)})}
+    )
+    made.run(monkeypatch, {1: lambda _round: made.come(3)})
+    assert made.contributors() == [[0, 1, 2]] * ROUNDS
+    assert len(made.sessions()) == 1
+    refused = [one for one in made.store.refusals() if one["kind"] == "query.join"]
+    assert [one["code"] for one in refused] == ["FS-POLICY-02"]
+
+
+def test_nobody_new_without_noise(scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lists that differ in one owner would show that owner's update."""
+    privacy = {
+        "noise": "none",
+        "target_epsilon": None,
+        "noise_multiplier": None,
+    }
+    made = scene(4, privacy=privacy)
+    made.go(3)
+    for index in range(4):
+        owner = made.owner(index)
+        owner.policy = owner.policy.model_copy(
+            update={"plans": owner.policy.plans.model_copy(update={"allow_no_privacy": True})}
+        )
+    made.run(monkeypatch, {1: lambda _round: made.come(3)})
+    assert made.contributors() == [[0, 1, 2]] * ROUNDS
+
+
+def test_the_moments_of_an_adaptive_optimizer_reach_who_joins_late(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = scene(4, server_optimizer={"name": "fedadam", "learning_rate": 0.05})
+    made.go(3)
+    made.run(monkeypatch, {2: lambda _round: made.come(3)})
+    assert made.contributors()[2:] == [[0, 1, 2, 3]] * 2
+    made.check_models(0, 1, 2, 3)
+    assert np.any(made.owner(3).store.model(made.store.get("run")).second_moment)
+
+
+def test_a_member_that_is_silent_while_a_roster_is_made_is_left_out_of_it(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It disappears between its consent and its wraps."""
+    made = scene(5, deadlines={"join_s": 3.0, "pause_s": 2.0})
+    made.go(3)
+    made.go(4)
+    push = made.simulation.grid.push_messages
+
+    def push_messages(messages: Any) -> list[str]:
+        asked = list(messages)
+        if any(one.metadata.message_type == "query.roster" for one in asked) and len(asked) == 5:
+            made.go(4)
+        return push(asked)
+
+    def come(_round: int) -> None:
+        made.come(3)
+        made.come(4)
+        monkeypatch.setattr(made.simulation.grid, "push_messages", push_messages)
+
+    made.run(monkeypatch, {2: come})
+    assert made.contributors() == [[0, 1, 2]] * 2 + [[0, 1, 2, 3]] * 2
+    made.check_models(0, 1, 2, 3)
+    assert made.state(0).start is not None
+    assert made.state(0).start.roster == 3
+
+
+def test_a_run_goes_on_after_its_coordinator_died_while_it_made_a_roster(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old session is given up, the new one does not stand yet: it is made when the run is resumed."""
+    for step in ("query.roster", "query.keys"):
+        made = scene(4)
+        made.go(3)
+        push = made.simulation.grid.push_messages
+
+        def dying(messages: Any, step: str = step, push: Any = push) -> list[str]:
+            asked = list(messages)
+            if any(one.metadata.message_type == step for one in asked):
+                raise QuorumNotMet("the coordinator ends here")
+            return push(asked)
+
+        def come(_round: int, made: Scene = made, dying: Any = dying) -> None:
+            made.come(3)
+            monkeypatch.setattr(made.simulation.grid, "push_messages", dying)
+
+        with pytest.raises(QuorumNotMet, match="ends here"):
+            made.run(monkeypatch, {2: come})
+        assert made.store.get("session") is None
+        monkeypatch.setattr(made.simulation.grid, "push_messages", push)
+        run_plan(made.simulation.grid, made.store, made.simulation.trust)
+        assert made.contributors() == [[0, 1, 2]] * 2 + [[0, 1, 2, 3]] * 2
+        made.check_models(0, 1, 2, 3)
+        run = made.store.get("run")
+        assert [made.owner(index).ledger.spent(run).sealed for index in range(4)] == [4, 4, 4, 2]
+
+
+def test_a_member_whose_home_was_put_back_comes_in_through_a_new_roster(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state is from before the roster: it is in no session that stands, and gets into the next one."""
+    made = scene(4)
+    made.go(3)
+    kept: list[RunState] = []
+
+    def restore(_round: int) -> None:
+        owner, session = made.owner(2), made.sessions()[-1]
+        assert session["owners"] == 4
+        owner.pending.clear()
+        owner.store.save(kept[0])
+
+    def come(_round: int) -> None:
+        kept.append(made.state(2))
+        made.come(3)
+
+    made.run(monkeypatch, {1: come, 2: restore})
+    assert made.store.get("state") == "finished"
+    assert made.contributors()[1] == [0, 1, 2, 3]
+    assert made.contributors()[3] == [0, 1, 2, 3]
+    assert len(made.sessions()) == 3
+    made.check_models(0, 1, 2, 3)
