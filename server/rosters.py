@@ -33,8 +33,8 @@ _WITHOUT_STEPS = (ModelMismatch.code, SessionMismatch.code)
 Arrival = tuple[str, str]
 """A node's public transport key and the time of its last activation."""
 
-Question = tuple[str, int, frozenset[Arrival]]
-"""Whom a session asked to join after how many rounds."""
+Question = tuple[str, int, frozenset[str], frozenset[Arrival]]
+"""Whom a session asked to join, after how many rounds, and beside which members."""
 
 
 @dataclass
@@ -116,19 +116,18 @@ class Rosters:
             self._joining.forget()
             consenting = self._joining.joined(past.run, requests, start)
             self._note_failures()
-            # who consents while too few do is asked again when others wait beside it
+            # who consents while too few do is asked again when others are there, or wait beside it
             self._asked = _question(runner, waiting)
         owners = len(present) + len(consenting)
         if owners < self._plan.cohort.minimum or len(present) < self._least(past.steps):
+            return
+        if self._is_close({*consenting, *(member.fingerprint for member in present)}):
             return
         if consenting or runner.session.reduced:
             runner.enter(self._make(past, model, start, consenting))
 
     def _waiting(self, runner: RoundRunner) -> dict[int, Arrival]:
         """Return the nodes to ask: online, not in the roster, not refused, as many as there is room for."""
-        if self._plan.privacy.noise == "none":
-            # a list that differs from an earlier one in a single owner is refused where no noise hides it
-            return {}
         session = runner.session
         inside = {one.node_key: one for one in session.members.values()}
         gone = {one.node_key for one in (*inside.values(), *session.left.values()) if one.excluded}
@@ -150,6 +149,16 @@ class Rosters:
     def _least(self, steps: Sequence[object]) -> int:
         """Return how many owners must have followed the run for the others to believe them."""
         return self._plan.encryption.quorum if steps else 0
+
+    def _is_close(self, owners: set[str]) -> bool:
+        """Tell whether owners would refuse to seal for them, because no noise hides a single one.
+
+        Without noise a list must not differ from an earlier one in one owner (`client.rounds`).
+        """
+        if self._plan.privacy.noise != "none":
+            return False
+        lists = [set(facts["asked"]) for facts in self._store.attempts() if facts["asked"]]
+        return any(len(owners ^ earlier) == 1 for earlier in lists)
 
     def _leave_out_uncertified(self, runner: RoundRunner) -> None:
         """Leave members out of the run whose certificates have expired or were revoked.
@@ -325,4 +334,5 @@ class Rosters:
 
 
 def _question(runner: RoundRunner, waiting: Mapping[int, Arrival]) -> Question:
-    return runner.session.session, len(runner.steps), frozenset(waiting.values())
+    present = frozenset(member.fingerprint for member in runner.attendance.present())
+    return runner.session.session, len(runner.steps), present, frozenset(waiting.values())

@@ -110,7 +110,7 @@ class SealStrategy(Strategy):
         runner.steps = recorded_steps(self._store)
         if resumed:
             self._store.event("resumed", rounds=len(runner.steps), owners=len(session.members))
-            runner.attendance.wait(for_all=True)
+            runner.attendance.wait(for_all=True, instead=partial(self._rosters.somebody_waits, runner))
         model = self._rounds(runner)
         self._close(exchanger, runner, model)
         with self._store.transaction():

@@ -118,6 +118,40 @@ SERVER_STEPS: dict[str, Callable[[], Patch]] = {
 }
 
 
+def again(patched: Callable[[], Patch]) -> Patch:
+    """Return a patch that passes the first arrival at a step and dies at the second."""
+
+    def patch(setter: Setter, fault: Fault) -> None:
+        class Second:
+            passed = 0
+
+            def strike(self) -> None:
+                self.passed += 1
+                if self.passed == 2:
+                    fault.strike()
+
+        patched()(setter, Second())
+
+    return patch
+
+
+FIRST, LATER = 3, 6
+"""Joins of a first roster of three owners, and with those of a second one in which one is replaced."""
+
+ROSTER_STEPS: dict[str, Callable[[], Patch]] = {
+    "newcomer asked": lambda: counted("sent", "query.join", FIRST + 1),
+    "newcomer consented": lambda: counted("received", "query.join", FIRST + 1),
+    "members asked": lambda: counted("sent", "query.join", LATER),
+    "half joined again": lambda: counted("received", "query.join", LATER - 1),
+    "all joined again": lambda: counted("received", "query.join", LATER),
+    "rostered again": lambda: counted("received", "query.roster", LATER),
+    "keyed again": lambda: counted("received", "query.keys", LATER),
+    "second session not committed": lambda: again(lambda: event("session")),
+    "second session committed": lambda: again(lambda: at(_runner(), "enter", lambda *_: True)),
+}
+"""The steps of a coordinator that gives a run its second roster."""
+
+
 def owner_steps(is_victim: Callable[[Any], bool]) -> dict[str, Callable[[], Patch]]:
     """Return the steps of an owner's second attempt.
 
@@ -134,6 +168,9 @@ def owner_steps(is_victim: Callable[[Any], bool]) -> dict[str, Callable[[], Patc
             lambda store, saved, **_options: is_victim(store) and when(saved),
             after=after,
         )
+
+    def later(saved: Any, stage: str) -> bool:
+        return saved.start is not None and saved.stage == stage
 
     def ledger(method: str, *, after: bool, attempt: int | None = 2) -> Patch:
         return at(
@@ -180,6 +217,11 @@ def owner_steps(is_victim: Callable[[Any], bool]) -> dict[str, Callable[[], Patc
         "sealed": lambda: state(lambda saved: "2" in saved.sealed, after=True),
         "open": lambda: state(lambda saved: "2" in saved.opened, after=False),
         "opened": lambda: state(lambda saved: "2" in saved.opened, after=True),
+        "join again": lambda: state(lambda saved: later(saved, "joined"), after=False),
+        "joined again": lambda: state(lambda saved: later(saved, "joined"), after=True),
+        "rostered again": lambda: state(lambda saved: later(saved, "rostered"), after=True),
+        "keys again": lambda: state(lambda saved: later(saved, "keyed"), after=False),
+        "keyed again": lambda: state(lambda saved: later(saved, "keyed"), after=True),
         "close": lambda: ledger("close_run", after=False, attempt=None),
         "closed": lambda: state(lambda saved: saved.stage == "closed", after=True),
     }

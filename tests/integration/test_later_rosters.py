@@ -223,22 +223,28 @@ def test_who_does_not_consent_stays_outside_and_the_session_stands(
     assert [one["code"] for one in refused] == ["FS-POLICY-02"]
 
 
-def test_nobody_new_without_noise(scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two lists that differ in one owner would show that owner's update."""
-    privacy = {
-        "noise": "none",
-        "target_epsilon": None,
-        "noise_multiplier": None,
-    }
+@pytest.mark.parametrize("replaces", [False, True])
+def test_without_noise_one_owner_alone_does_not_join(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch, replaces: bool
+) -> None:
+    """Two lists that differ in one owner would show its update; in place of another it may come."""
+    privacy = {"noise": "none", "target_epsilon": None, "noise_multiplier": None}
     made = scene(4, privacy=privacy)
     made.go(3)
+
+    def come(_round: int) -> None:
+        made.come(3)
+        if replaces:
+            made.go(0)
+
     for index in range(4):
         owner = made.owner(index)
         owner.policy = owner.policy.model_copy(
             update={"plans": owner.policy.plans.model_copy(update={"allow_no_privacy": True})}
         )
-    made.run(monkeypatch, {1: lambda _round: made.come(3)})
-    assert made.contributors() == [[0, 1, 2]] * ROUNDS
+    made.run(monkeypatch, {1: come})
+    assert made.contributors() == [[0, 1, 2]] + [[1, 2, 3] if replaces else [0, 1, 2]] * 3
+    assert not any(facts["void"] for facts in made.store.attempts())
 
 
 def test_the_moments_of_an_adaptive_optimizer_reach_who_joins_late(

@@ -50,9 +50,9 @@ class Setter:
 
 def patch_server() -> None:
     """Prepare the coordinator's process of one run."""
-    from steps import SERVER_STEPS
+    from steps import ROSTER_STEPS, SERVER_STEPS
 
-    for step, made in SERVER_STEPS.items():
+    for step, made in {**SERVER_STEPS, **ROSTER_STEPS}.items():
         made()(Setter(), Kill("server", step))
 
 

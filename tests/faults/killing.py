@@ -1,0 +1,142 @@
+"""A federation of real processes that die at named steps, and what must hold afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from crashing import allow_exact_plan, exact_fields, twin_models
+from real_federation import RealFederation, federation_of, made_federation, marked, wait_until
+from steps import OWNERS
+
+from protocol.plan import Plan
+from scenarios.demo import wait_for_coordinator
+from scenarios.federation import DATA
+from server.store import RunStore
+from server.submit import read_addresses, submit
+from tasks.registry import task_for
+
+KILLER = Path(__file__).parent / "killer"
+STEP_S = 120.0
+DEADLINES = {"join_s": 60.0, "fit_s": 20.0, "seal_s": 20.0, "open_s": 20.0, "pause_s": 60.0}
+
+
+@dataclass
+class Killing:
+    """A running federation in which whoever reaches a step can be told to die there."""
+
+    real: RealFederation
+    orders: Path
+
+    def order(self, who: str, step: str, *others: int) -> None:
+        """Let a process die at its next arrival at a step, and others with it."""
+        text = "\n".join((step, *map(str, others)))
+        (self.orders / f".{who}").write_text(text)
+        (self.orders / f".{who}").rename(self.orders / who)
+
+    def carried_out(self, who: str) -> bool:
+        return not (self.orders / who).exists()
+
+    def plan(self, name: str, quorum: int = 2) -> Plan:
+        sections = {"run": {"name": name}, "deadlines": DEADLINES, "encryption": {"quorum": quorum}}
+        return Plan.from_fields(exact_fields(**sections))
+
+    def restart_coordinator(self) -> None:
+        """Start it again as a supervisor would, on the same port."""
+        real = self.real
+        home = real.made.server_home
+        real.processes.kill("coordinator")
+        (home / "addresses.json").unlink(missing_ok=True)
+        with marked(real.mark):
+            real.processes.start(
+                "coordinator",
+                ["server", "--home", str(home), "--port", str(real.port)],
+                real.made.server_passphrase,
+            )
+            wait_for_coordinator(real.processes, home)
+        assert read_addresses(home).port == real.port
+
+    def resume(self, store: RunStore) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            submit(self.real.home, store, self.real.made.link())
+
+    def check(self, store: RunStore) -> None:
+        """Check what must hold after every kill."""
+        assert store.get("state") == "finished", self.real.logs()
+        plan = store.plan()
+        assert [facts["round"] for facts in store.rounds()] == list(range(1, plan.run.rounds + 1))
+        task = task_for(plan)
+        examples = {
+            home.fingerprint: task.read_private(home.folder / DATA) for home in self.real.made.owners
+        }
+        for number, model in enumerate(twin_models(plan, store, examples)):
+            assert store.read_checkpoint(number).sha256() == model.sha256(), f"round {number}"
+        for home in self.real.made.owners:
+            self._check_spending(store, home.name, home.fingerprint)
+
+    def _check_spending(self, store: RunStore, name: str, fingerprint: str) -> None:
+        """What a node sealed is charged in its ledger, and the coordinator's book is not below that."""
+        with self.real.ledger(name) as ledger:
+            if store.get("run") not in [record.body.get("run") for record in ledger.records()]:
+                return
+            spent = ledger.spent(store.get("run"))
+        finished = sum(fingerprint in facts["contributors"] for facts in store.rounds())
+        assert spent.sealed >= finished
+        facts = store.owners().get(fingerprint)
+        # what came is paid, void or not, and the coordinator never counts less than the owner
+        assert facts is None or facts["sealed"] >= spent.sealed >= facts["member"]["received"]
+
+
+@contextmanager
+def killing_federation(folder: Path, started: int = OWNERS) -> Iterator[Killing]:
+    """Run a federation of `OWNERS` owners, the first of which have running nodes."""
+    orders = folder / "orders"
+    orders.mkdir()
+    made = made_federation(folder / "federation", owners=OWNERS)
+    for owner in made.owners:
+        allow_exact_plan(owner)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(KILLER), str(KILLER.parents[2]))))
+        patch.setenv("FEDSEAL_TEST_KILL", str(orders))
+        with federation_of(made, made.owners[:started]) as real:
+            yield Killing(real, orders)
+
+
+Note = Callable[[str, object], None]
+
+
+def outcome(who: str, step: str, store: RunStore, started: float) -> tuple[str, str, str, int, int]:
+    """Return one line of the table that `tests/conftest.py` prints."""
+    rounds = " ".join(str(len(facts["contributors"])) for facts in store.rounds())
+    void = sum(facts["void"] for facts in store.attempts())
+    return who, step, rounds, void, round(time.monotonic() - started)
+
+
+def plan_name(step: str) -> str:
+    """Return a plan's name for a step."""
+    return re.sub("[^a-z]", "-", step)
+
+
+def killed_coordinator(killing: Killing, step: str, *, whole: bool, restart: bool = True) -> RunStore:
+    """Kill the run's process at a step of a new run, and the whole coordinator with it or not."""
+    real = killing.real
+    nodes = {pid for name, pid in real.processes.pids().items() if name != "coordinator"}
+    others = [pid for pid in set(real.living()) - nodes if whole]
+    killing.order("server", step, *others)
+    store = real.submit(killing.plan(plan_name(step)))
+    wait_until(lambda: killing.carried_out("server"), STEP_S, "the step")
+    if whole:
+        wait_until(lambda: set(real.living()) <= nodes, 30, f"no process is left behind: {real.living()}")
+        if restart:
+            killing.restart_coordinator()
+    else:
+        wait_until(lambda: not store.is_carried_out(), 10, "the end of the run's process")
+    return store
