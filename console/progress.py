@@ -60,9 +60,11 @@ class RunProgress:
         self._show_step({"text": f"{facts['owners']} owners checked the plan and joined"})
 
     def _show_session(self, facts: dict[str, Any]) -> None:
-        self._show_step(
-            {"text": f"{facts['owners']} owners agreed on keys that the coordinator cannot use"}
-        )
+        agreed = f"{facts['owners']} owners agreed on keys that the coordinator cannot use"
+        if "new" in facts:
+            new = f"; new: {', '.join(facts['new'])}" if facts["new"] else ""
+            agreed = f"from round {facts['round'] + 1} on, {agreed}{new}"
+        self._show_step({"text": agreed})
 
     def _show_refused(self, facts: dict[str, Any]) -> None:
         who = facts.get("owner", "an owner")

@@ -128,6 +128,8 @@ def test_the_terminal_says_who_is_missing_and_why() -> None:
     progress.show("returned", {"owner": "clinic", "how": "connected again"})
     progress.show("excluded", {"owner": "clinic", "reason": "made 2 sealed attempts void"})
     progress.show("resumed", {"rounds": 1, "owners": 3})
+    progress.show("session", {"owners": 3, "members": [], "round": 1, "new": ["lab"]})
+    progress.show("session", {"owners": 2, "members": [], "round": 2, "new": []})
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert [line.strip() for line in text.splitlines()] == [
         "clinic is left out until it returns: no answer",
@@ -135,4 +137,6 @@ def test_the_terminal_says_who_is_missing_and_why() -> None:
         "clinic is back: connected again",
         "clinic is left out of the run: made 2 sealed attempts void",
         "going on after round 1 with the same keys",
+        "from round 2 on, 3 owners agreed on keys that the coordinator cannot use; new: lab",
+        "from round 3 on, 2 owners agreed on keys that the coordinator cannot use",
     ]
