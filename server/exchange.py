@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -68,6 +68,9 @@ class Exchanger:
     Args:
         grid: Flower's grid.
         store: Counts what crosses the wire.
+
+    Attributes:
+        expelled: Gives the nodes that count as gone although Flower still takes them for connected.
     """
 
     def __init__(self, grid: Grid, store: RunStore) -> None:
@@ -76,6 +79,7 @@ class Exchanger:
         self._puller = ReplyPuller(grid)
         self._overdue: dict[str, int] = {}
         self._connected: dict[int, str] = {}
+        self.expelled: Callable[[], Collection[int]] = tuple
 
     def online(self) -> dict[int, str]:
         """Return the nodes that are online, with the time of their last activation."""
@@ -140,7 +144,8 @@ class Exchanger:
             time.sleep(max(0.0, pause - (time.monotonic() - asked_at)))
             pause = min(pause * 1.3, _LAST_POLL_S)
             if time.monotonic() > alive_check:
-                online = self.online()
+                expelled = self.expelled()
+                online = {node: since for node, since in self.online().items() if node not in expelled}
                 missing = {node for node, _part in (*waiting.values(), *lost)} - online.keys()
                 # a node that connects anew is off for a moment
                 waiting = {key: place for key, place in waiting.items() if place[0] not in missing & gone}

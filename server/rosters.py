@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+from cryptography import x509
+
 from crypto.certificates import check_revocations, verify_signing_certificate
 from crypto.trust import Trust
 from protocol.errors import CertificateRefused, ModelMismatch, QuorumNotMet, SessionMismatch
@@ -29,6 +31,8 @@ from server.store import RunStore
 _LOG = logging.getLogger("fedseal.server")
 _WITHOUT_STEPS = (ModelMismatch.code, SessionMismatch.code)
 """Refusals of owners that cannot follow from their own model, and may get the model itself."""
+
+_MOST_SILENCES = 4
 
 Arrival = tuple[str, str]
 """A node's public transport key and the time of its last activation."""
@@ -78,8 +82,9 @@ class Rosters:
         self._trust = trust
         self._joining = Joining(exchanger, store, plan, trust)
         self._refused: set[Arrival] = set()
-        self._silences = Counter[str]()
+        self._silences = Counter[str | Arrival]()
         self._asked: Question | None = None
+        self._expelled: tuple[x509.CertificateRevocationList, set[int]] | None = None
 
     def first(self) -> ServerSession:
         """Make a run's first roster; see `Joining.establish`."""
@@ -113,7 +118,6 @@ class Rosters:
         start, consenting = self._next_start(past, model), dict[str, Member]()
         if waiting:
             requests = {node: self._with_model(past, start, model) for node in waiting}
-            self._joining.forget()
             consenting = self._joining.joined(past.run, requests, start)
             self._note_failures()
             # who consents while too few do is asked again when others are there, or wait beside it
@@ -168,28 +172,43 @@ class Rosters:
         """
         check_revocations(self._trust.revocations, self._trust.authority, datetime.now(UTC))
         for member in runner.session.members.values():
-            if member.excluded:
-                continue
-            try:
-                verify_signing_certificate(
-                    member.joined.certificate,
-                    self._trust.authority,
-                    self._trust.revocations,
-                    datetime.now(UTC),
-                )
-            except CertificateRefused:
+            if not member.excluded and not self._is_certified(member):
                 runner.attendance.exclude(member, "its certificate is not valid any more")
                 runner.session.reduced = True
 
+    def expelled(self, runner: RoundRunner) -> set[int]:
+        """Return the nodes of members that were revoked; no exchange waits for them any more.
+
+        Certificates are looked at when there is another list than the last time.
+        """
+        known, newest = self._expelled, self._trust.revocations
+        if known is None or known[0] is not newest:
+            members = runner.session.members.values()
+            gone = {member.node for member in members if not self._is_certified(member)}
+            self._expelled = known = newest, gone
+        return known[1]
+
+    def _is_certified(self, member: Member) -> bool:
+        trust, now = self._trust, datetime.now(UTC)
+        try:
+            verify_signing_certificate(member.joined.certificate, trust.authority, trust.revocations, now)
+        except CertificateRefused:
+            return False
+        return True
+
     def _note_failures(self) -> None:
-        """Remember who refused or was silent, until it connects anew; who is silent twice, for good."""
+        """Remember who refused, or was silent twice, until it connects anew; at last for good."""
         for key, (node, since) in self._exchanger.online_by_key().items():
             if node in self._joining.failed:
                 self._refused.add((key, since))
-                self._silences[key] += self._joining.failed[node] == ""
+            silent = self._joining.silences[node]
+            self._silences[key] += silent
+            self._silences[key, since] += silent
+        self._joining.forget()
 
     def _is_refused(self, key: str, since: str) -> bool:
-        return (key, since) in self._refused or self._silences[key] > 1
+        silent = self._silences[key, since] > 1 or self._silences[key] > _MOST_SILENCES
+        return silent or (key, since) in self._refused
 
     # --- making it ---------------------------------------------------------------------------------
 
@@ -213,16 +232,15 @@ class Rosters:
             QuorumNotMet: It did not come about.
         """
         self._store.set("session", None)
-        self._joining.forget()
         joined = dict(consenting)
         for _ in range(TRIES):
             joined |= self._join(past, model, start, {member.node for member in joined.values()})
             members = {name: self._carried(past, member) for name, member in sorted(joined.items())}
-            self._joining.require_enough(members)
-            self._require_vouched(past, members)
-            session = self._joining.agreed(past.run, members)
-            if session is not None:
-                return self._entered(past, start, session, members)
+            if self._joining.are_enough(members):
+                self._require_vouched(past, members)
+                session = self._joining.agreed(past.run, members)
+                if session is not None:
+                    return self._entered(past, start, session, members)
             self._note_failures()
             start, joined = self._next_start(past, model), {}
         raise QuorumNotMet(f"joining failed {TRIES} times")

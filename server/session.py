@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -78,7 +79,8 @@ class Joining:
         trust: The federation's authority and its revocation list.
 
     Attributes:
-        failed: Nodes that refused since the last `forget`, with the code; an empty one for silence.
+        failed: Nodes that refused since the last `forget`, with the code.
+        silences: Exchanges since then in which a node did not answer; once may be the network's fault.
     """
 
     def __init__(
@@ -93,10 +95,12 @@ class Joining:
         self._plan = plan
         self._trust = trust
         self.failed: dict[int, str] = {}
+        self.silences = Counter[int]()
 
     def forget(self) -> None:
         """Give every node a new chance."""
         self.failed.clear()
+        self.silences.clear()
 
     def establish(self) -> ServerSession:
         """Join all owners that consent to a run's first roster, and return the session.
@@ -113,21 +117,30 @@ class Joining:
             run = secrets.token_hex(32)
             request = Request(JoinRequest(run=run, plan=self._plan.fields()).to_bytes())
             members = self.joined(run, dict.fromkeys(nodes, request))
-            self.require_enough(members)
-            session = self.agreed(run, members)
+            session = self.agreed(run, members) if self.are_enough(members) else None
             if session is not None:
                 return ServerSession(run, session, members)
-            willing = {member.node for member in members.values()} - self.failed.keys()
-            nodes = {node: nodes[node] for node in nodes if node in willing}
+            nodes = {
+                node: since
+                for node, since in nodes.items()
+                if node not in self.failed and self.silences[node] < 2
+            }
         raise QuorumNotMet(f"joining failed {TRIES} times")
 
-    def require_enough(self, members: Collection[str]) -> None:
-        """Raise `QuorumNotMet` if fewer than `cohort.minimum` owners joined."""
-        if len(members) < self._plan.cohort.minimum:
+    def are_enough(self, members: Collection[str]) -> bool:
+        """Tell whether enough owners joined for a roster.
+
+        Raises:
+            QuorumNotMet: They are too few, and nobody is left that was silent only once.
+        """
+        if len(members) >= self._plan.cohort.minimum:
+            return True
+        if 1 not in self.silences.values():
             raise QuorumNotMet(
                 f"{len(members)} owners joined, {self._plan.cohort.minimum} are needed; "
                 f"refusals: {self._codes()}"
             )
+        return False
 
     def joined(
         self, run: str, requests: dict[int, Request], start: Start | None = None
@@ -250,7 +263,7 @@ class Joining:
                 self._store.event("refused", exchange=kind, code=reply.code)
         for node in silent:
             _LOG.warning("an owner does not answer %s", kind)
-            self.failed[node] = ""
+            self.silences[node] += 1
 
 
 def _returned_heads(member: Member, replies: Iterable[RosterReply]) -> list[Signed]:

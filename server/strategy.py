@@ -108,6 +108,7 @@ class SealStrategy(Strategy):
         packing = packing_for(self._plan.encryption.preset, self._plan.cohort.maximum)
         runner = RoundRunner(exchanger, self._store, self._plan, packing, session)
         runner.steps = recorded_steps(self._store)
+        exchanger.expelled = partial(self._rosters.expelled, runner)
         if resumed:
             self._store.event("resumed", rounds=len(runner.steps), owners=len(session.members))
             runner.attendance.wait(for_all=True, instead=partial(self._rosters.somebody_waits, runner))

@@ -121,6 +121,10 @@ class BadNetwork(LocalGrid):
         self._coming: list[tuple[float, str, Message, str]] = []
         self.happened: Counter[str] = Counter()
 
+    def comes_late(self, node: int, delay_s: float) -> None:
+        """Keep a node away at first; its owner joins between rounds, if the run goes on so long."""
+        self._away[node] = self._clock.monotonic() + delay_s
+
     def get_node_ids(self) -> list[int]:
         now = self._clock.monotonic()
         return [node for node in self._inner.get_node_ids() if self._away.get(node, 0.0) <= now]

@@ -17,9 +17,6 @@ from server.store import RunStore
 pytestmark = pytest.mark.long
 
 STAYS, LEAVES, COMES = "owner-1", "owner-3", "owner-4"
-SHORT = DEADLINES | {"fit_s": 10.0, "seal_s": 10.0, "open_s": 10.0}
-"""Flower takes a killed node for connected for a minute, so that each attempt waits for it."""
-
 OWNER_STEPS = [step for step in owner_steps(lambda _one: True) if step.endswith("again")]
 
 
@@ -43,9 +40,9 @@ def begin(killing: Killing, step: str, order: Callable[[], None]) -> RunStore:
         real.start_owner(LEAVES)
         wait_until(lambda: real.log(LEAVES).count("is connected") > connected, 30, "the first three")
     run = {"name": plan_name(step), "rounds": 3, "spare_attempts": 6}
-    store = real.submit(Plan.from_fields(exact_fields(run=run, deadlines=SHORT)))
+    store = real.submit(Plan.from_fields(exact_fields(run=run, deadlines=DEADLINES)))
     wait_until(lambda: store.finished_rounds() > 0, STEP_S, f"the first round; {real.logs()}")
-    real.processes.kill(LEAVES)
+    real.processes.terminate(LEAVES)
     order()
     real.start_owner(COMES)
     return store

@@ -90,12 +90,16 @@ def schedule(federation: Federation, seed: int, folder: Path) -> tuple[str, Coun
     store.set("plan_hash", federation.plan.sha256())
     with virtual_time() as clock:
         network = BadNetwork(federation.grid, rng, Weather.of(rng), clock, federation.owners)
+        if rng.random() < 0.5:
+            network.comes_late(FIRST_NODE + rng.randrange(OWNERS), rng.uniform(4.0, 120.0))
         started = clock.monotonic()
         with network.witness.watching(), suppress(FedsealError):
             run_plan(network, store, federation.trust)
         assert clock.monotonic() - started < LONGEST_S, "this schedule never ends"
     state = str(store.get("state"))
     assert state in ("finished", "paused", "failed")
+    rosters = sum(kind == "session" for _id, _time, kind, _facts in store.events())
+    network.happened["later rosters"] += max(0, rosters - 1)
     _check_sums(federation, store, network)
     _check_spending(federation, store, network)
     if state == "finished":
@@ -159,3 +163,4 @@ def test_three_hundred_bad_networks_break_no_promise(federation: Federation, tmp
     print(dict(ends), dict(happened))
     assert ends["finished"] > LONG // 10, "the weather is too bad to tell anything"
     assert set(happened) >= {"lost", "unheard", "repeated", "late", "away"}
+    assert happened["later rosters"] > LONG // 30
