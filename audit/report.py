@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -227,16 +228,24 @@ def _owner_keys(evidence: RunEvidence) -> dict[str, Ed25519PublicKey]:
     return {name: key for name, key in known.items() if key is not None}
 
 
-def _sessions(evidence: RunEvidence) -> set[str]:
-    """Return the last session, and the earlier ones that all statements from it name."""
+def _sessions(evidence: RunEvidence, plan: Plan) -> set[str]:
+    """Return the run's sessions: the last, and the earlier ones that statements of a quorum name.
+
+    Without any statement from the last session, as of a run that has not ended, the openings' own word is
+    taken: such a report says that the statements are missing, and cannot pass.
+    """
     statements = [owner.verified_statement() for owner in evidence.owners]
     named = [set(one.sessions) for one in statements if one is not None and one.session == evidence.session]
-    last = set() if evidence.session is None else {evidence.session}
-    return last | (set.intersection(*named) if named else set())
+    if not named:
+        opened = (signed.body for entry in evidence.rounds for signed in entry.openings)
+        return {str(body.get("session")) for body in opened}
+    counts = Counter(session for sessions in named for session in sessions)
+    quorum = min(plan.encryption.quorum, len(named))
+    return {str(evidence.session)} | {session for session, count in counts.items() if count >= quorum}
 
 
 def _rounds(evidence: RunEvidence, plan: Plan) -> list[dict[str, Any]]:
-    keys, sessions = _owner_keys(evidence), _sessions(evidence)
+    keys, sessions = _owner_keys(evidence), _sessions(evidence, plan)
     return [
         entry.fields()
         | {

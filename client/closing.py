@@ -24,9 +24,10 @@ def close(owner: Owner, state: RunState, request: CloseRequest, blob: bytes) -> 
     discard_pending(owner, state)
     spent = owner.ledger.spent(state.run)
     owner.ledger.close_run(state.run)
+    stages = [] if state.start is None else state.start.sessions
     body = Statement(
         session=session,
-        sessions=[*([] if state.start is None else state.start.sessions), session],
+        sessions=[*(stage.session for stage in stages), session],
         plan_hash=plan.sha256(),
         model_hash=request.model_hash,
         unit=plan.privacy.unit,

@@ -106,7 +106,10 @@ def _kept(known: RunState | None) -> dict[str, Any]:
     """Return what a later roster does not change: what this owner did, by numbers that only rise."""
     if known is None:
         return {}
-    return {name: getattr(known, name) for name in ("sealed", "opened", "evaluated", "lists", "sealed_in")}
+    return {
+        name: getattr(known, name)
+        for name in ("sealed", "opened", "evaluated", "lists", "sealed_in", "keyed_in")
+    }
 
 
 def check_plan(owner: Owner, plan: Plan) -> GlobalModel:
@@ -218,9 +221,11 @@ def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
         peer: first_chain_key(_pair(owner.fingerprint, peer, state, hpke_key, request))
         for peer in state.halves
     }
+    session = signed_hash(request.wraps)
     changed = state.with_changes(
         stage="keyed",
-        session=signed_hash(request.wraps),
+        session=session,
+        keyed_in={**state.keyed_in, session: 0 if state.start is None else state.start.round},
         graph_seed=graph_seed([body.nonce for body in bodies]),
         chain_keys=chains,
         bfv_key=_dealt_key(owner.fingerprint, state, hpke_key, request, signed),

@@ -62,7 +62,7 @@ def later_model(
         if request.steps or not blob:
             return _followed(owner, known, request, start, blob)
     if start.round == 0 and not blob:
-        model, vouches = initial, True
+        model, vouches = initial, not start.sessions
     else:
         model, vouches = GlobalModel.from_bytes(blob, initial.weights.size), False
     if model.sha256() != start.model_hash:
@@ -72,7 +72,7 @@ def later_model(
     if known is not None and known.round == start.round:
         if owner.store.model(known.run).sha256() != model.sha256():
             raise ModelMismatch("this owner has another model after that round")
-        vouches = known.computed
+        vouches = known.computed and _knows_all(known, start)
     return model, vouches
 
 
@@ -83,10 +83,24 @@ def _require_later(known: RunState, request: JoinRequest, start: Start) -> None:
         raise ProtocolViolation("this run was joined with another plan")
     if known.start is not None and start.roster <= known.start.roster:
         raise ProtocolViolation("a later roster must have a higher number than every earlier one")
-    if not set(known.sealed_in) <= set(start.sessions):
-        raise ProtocolViolation("a session that this owner sealed in is not among the run's")
+    _require_one_past(known, start)
     if start.round < known.round:
         raise ModelMismatch("this owner has applied more rounds than the roster starts from")
+
+
+def _require_one_past(known: RunState, start: Start) -> None:
+    """Refuse a past that is not the one this owner was in: a fork of the run that left it behind."""
+    told = [] if known.start is None else known.start.sessions
+    if start.sessions[: len(told)] != told:
+        raise ProtocolViolation("the run's earlier sessions are not the ones that this owner was told of")
+    named = {stage.session: stage.first_round for stage in start.sessions}
+    if not set(known.sealed_in) <= named.keys():
+        raise ProtocolViolation("a session that this owner sealed in is not among the run's")
+    for stage in start.sessions[len(told) :]:
+        if stage.first_round != known.keyed_in.get(stage.session, stage.first_round):
+            raise ProtocolViolation("a session did not begin where this owner was in it")
+        if stage.session not in known.keyed_in and stage.first_round < known.round:
+            raise ProtocolViolation("another session began before what this owner has applied")
 
 
 def _followed(
@@ -99,7 +113,13 @@ def _followed(
         model, finished = owner.store.model(known.run), known.round
     if (model.sha256(), finished) != (start.model_hash, start.round):
         raise ModelMismatch("the openings lead to another model or another round")
-    return model, known.computed
+    return model, known.computed and _knows_all(known, start)
+
+
+def _knows_all(known: RunState, start: Start) -> bool:
+    """Tell whether an owner knows every session of the run so far: it was told of it, or was in it."""
+    told = [] if known.start is None else known.start.sessions
+    return all(stage in told or stage.session in known.keyed_in for stage in start.sessions)
 
 
 def require_vouched(plan: Plan, start: Start | None, joins: Sequence[Join]) -> None:
@@ -111,7 +131,7 @@ def require_vouched(plan: Plan, start: Start | None, joins: Sequence[Join]) -> N
     if any(join.start != start for join in joins):
         raise RosterRefused("the members start from different models, rounds or rosters")
     vouching = sum(join.vouches for join in joins)
-    if start is not None and start.round > 0 and vouching < plan.encryption.quorum:
+    if start is not None and (start.round > 0 or start.sessions) and vouching < plan.encryption.quorum:
         raise RosterRefused(
             f"{vouching} members vouch for the model that the roster starts from, "
             f"{plan.encryption.quorum} are needed"

@@ -71,6 +71,7 @@ class RunState(Message):
         lists: The distinct lists of owners that this owner sealed for.
         start: Where the roster goes on; None for a run's first.
         sealed_in: The sessions that this owner sealed in, oldest first.
+        keyed_in: The sessions whose keys this owner held, and the finished rounds that they began with.
         computed: Whether this owner computed its model itself, or a quorum vouched for it in a session.
     """
 
@@ -95,6 +96,7 @@ class RunState(Message):
     lists: list[list[Fingerprint]] = Field(default_factory=list)
     start: Start | None = None
     sealed_in: list[Digest] = Field(default_factory=list)
+    keyed_in: dict[Digest, Count] = Field(default_factory=dict)
     computed: bool = True
 
     def with_changes(self, **changes: object) -> RunState:

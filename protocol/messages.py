@@ -93,6 +93,13 @@ class LedgerHead(Message):
 # --- joining -----------------------------------------------------------------------------------------
 
 
+class Stage(Message):
+    """One session of a run, and the finished rounds that it began with."""
+
+    session: Digest
+    first_round: Count
+
+
 class Start(Message):
     """From where a later roster of a run goes on.
 
@@ -106,7 +113,7 @@ class Start(Message):
     roster: Annotated[int, Field(ge=2, le=2**53)]
     round: Count
     model_hash: Digest
-    sessions: list[Digest]
+    sessions: list[Stage]
 
 
 class JoinRequest(Message):

@@ -38,6 +38,7 @@ class Attendance:
         self._store = store
         self._plan = plan
         self._session = session
+        self._since: float | None = None
 
     def present(self) -> list[Member]:
         """Return the members to ask: those that are online and not left out.
@@ -78,21 +79,25 @@ class Attendance:
         Raises:
             QuorumNotMet: Fewer than `cohort.minimum` are there at `deadlines.pause_s`.
         """
-        least, started = self._plan.cohort.minimum, time.monotonic()
+        least, now = self._plan.cohort.minimum, time.monotonic()
+        # who only looks after something else goes on waiting
+        started = self._since if self._since is not None else now
+        self._since = started
         wanted = sum(not member.excluded for member in self._session.members.values())
-        count, changed, said = -1, started, False
+        count, changed, said = -1, now, False
         while True:
             present, now = len(self.present()), time.monotonic()
             if present != count:
                 count, changed = present, now
             if present >= least and (not for_all or present >= wanted or now - changed > SETTLE_S):
+                self._since = None
                 return True
+            if now - started >= self._plan.deadlines.pause_s:
+                raise QuorumNotMet(f"{present} owners are there, {least} are needed")
             if instead is not None and instead():
                 return False
             if wanted < least:
                 raise QuorumNotMet(f"{wanted} owners are left in the run, {least} are needed")
-            if now - started >= self._plan.deadlines.pause_s:
-                raise QuorumNotMet(f"{present} owners are there, {least} are needed")
             if present < least and not said:
                 said = True
                 self._store.event("waiting", owners=present, needed=least)

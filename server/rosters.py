@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -19,7 +19,7 @@ from cryptography import x509
 from crypto.certificates import check_revocations, verify_signing_certificate
 from crypto.trust import Trust
 from protocol.errors import CertificateRefused, ModelMismatch, QuorumNotMet, SessionMismatch
-from protocol.messages import Join, JoinRequest, Signed, Start
+from protocol.messages import Join, JoinRequest, Signed, Stage, Start
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 from server.exchange import Exchanger, Request
@@ -32,7 +32,8 @@ _LOG = logging.getLogger("fedseal.server")
 _WITHOUT_STEPS = (ModelMismatch.code, SessionMismatch.code)
 """Refusals of owners that cannot follow from their own model, and may get the model itself."""
 
-_MOST_SILENCES = 4
+_MOST_FAILURES = 4
+"""Joins that a node may refuse, leave unanswered or need anew before it is out: rosters cost everybody."""
 
 Arrival = tuple[str, str]
 """A node's public transport key and the time of its last activation."""
@@ -82,8 +83,11 @@ class Rosters:
         self._trust = trust
         self._joining = Joining(exchanger, store, plan, trust)
         self._refused: set[Arrival] = set()
-        self._silences = Counter[str | Arrival]()
+        self._silences = Counter[Arrival]()
+        self._failures = Counter[str]()
         self._asked: Question | None = None
+        self._sums = (range(0), b"")
+        self._model = ("", b"")
         self._expelled: tuple[x509.CertificateRevocationList, set[int]] | None = None
 
     def first(self) -> ServerSession:
@@ -114,21 +118,30 @@ class Rosters:
         past, waiting = Past.of(runner), self._waiting(runner)
         if not waiting and not runner.session.reduced:
             return
-        present = runner.attendance.present()
         start, consenting = self._next_start(past, model), dict[str, Member]()
         if waiting:
-            requests = {node: self._with_model(past, start, model) for node in waiting}
-            consenting = self._joining.joined(past.run, requests, start)
-            self._note_failures()
+            requests = dict.fromkeys(waiting, self._with_model(past, start, model))
+            consenting = self._consenting(past, requests, start)
             # who consents while too few do is asked again when others are there, or wait beside it
             self._asked = _question(runner, waiting)
-        owners = len(present) + len(consenting)
-        if owners < self._plan.cohort.minimum or len(present) < self._least(past.steps):
+            inside = {member.node_key for member in runner.session.members.values()}
+            self._failures.update(key for key, _since in waiting.values() if key in inside)
+        there = _there(runner)
+        owners = {*there, *consenting}
+        if len(owners) < self._plan.cohort.minimum or len(there) < self._plan.encryption.quorum:
             return
-        if self._is_close({*consenting, *(member.fingerprint for member in present)}):
+        if self._is_close(owners):
+            self._failures.update(key for key, _since in waiting.values())
             return
         if consenting or runner.session.reduced:
             runner.enter(self._make(past, model, start, consenting))
+
+    def _consenting(self, past: Past, requests: dict[int, Request], start: Start) -> dict[str, Member]:
+        """Ask owners that wait whether they consent; whom the run has left out does not count."""
+        joined = self._joining.joined(past.run, requests, start)
+        self._note_failures()
+        out = {name for name, owner in past.owners.items() if owner.excluded}
+        return {name: member for name, member in joined.items() if name not in out}
 
     def _waiting(self, runner: RoundRunner) -> dict[int, Arrival]:
         """Return the nodes to ask: online, not in the roster, not refused, as many as there is room for."""
@@ -143,16 +156,12 @@ class Rosters:
                 continue
             if key not in gone and not self._is_refused(key, since):
                 waiting[node] = (key, since)
-        present = len(runner.attendance.present())
-        room = self._plan.cohort.maximum - present
-        chosen = dict(sorted(waiting.items())[: max(0, room)])
-        enough = present + len(chosen) >= self._plan.cohort.minimum
-        enough = enough and present >= self._least(runner.steps)
+        there = len(_there(runner))
+        chosen = dict(sorted(waiting.items())[: max(0, self._plan.cohort.maximum - there)])
+        enough = there + len(chosen) >= self._plan.cohort.minimum
+        # as many must have followed the run for the others to believe them
+        enough = enough and there >= self._plan.encryption.quorum
         return chosen if enough and self._asked != _question(runner, chosen) else {}
-
-    def _least(self, steps: Sequence[object]) -> int:
-        """Return how many owners must have followed the run for the others to believe them."""
-        return self._plan.encryption.quorum if steps else 0
 
     def _is_close(self, owners: set[str]) -> bool:
         """Tell whether owners would refuse to seal for them, because no noise hides a single one.
@@ -181,7 +190,12 @@ class Rosters:
 
         Certificates are looked at when there is another list than the last time.
         """
-        known, newest = self._expelled, self._trust.revocations
+        known = self._expelled
+        try:
+            newest = self._trust.revocations
+        except CertificateRefused:
+            # it is being replaced; what it says is judged between rounds
+            return set() if known is None else known[1]
         if known is None or known[0] is not newest:
             members = runner.session.members.values()
             gone = {member.node for member in members if not self._is_certified(member)}
@@ -201,13 +215,14 @@ class Rosters:
         for key, (node, since) in self._exchanger.online_by_key().items():
             if node in self._joining.failed:
                 self._refused.add((key, since))
+                self._failures[key] += 1
             silent = self._joining.silences[node]
-            self._silences[key] += silent
+            self._failures[key] += silent
             self._silences[key, since] += silent
         self._joining.forget()
 
     def _is_refused(self, key: str, since: str) -> bool:
-        silent = self._silences[key, since] > 1 or self._silences[key] > _MOST_SILENCES
+        silent = self._silences[key, since] > 1 or self._failures[key] > _MOST_FAILURES
         return silent or (key, since) in self._refused
 
     # --- making it ---------------------------------------------------------------------------------
@@ -220,7 +235,7 @@ class Rosters:
             roster=number,
             round=len(past.steps),
             model_hash=model.sha256(),
-            sessions=self._store.get("sessions", []),
+            sessions=[Stage.from_fields(stage) for stage in self._store.get("sessions", [])],
         )
 
     def _make(
@@ -232,7 +247,7 @@ class Rosters:
             QuorumNotMet: It did not come about.
         """
         self._store.set("session", None)
-        joined = dict(consenting)
+        joined, before = dict(consenting), set(past.following)
         for _ in range(TRIES):
             joined |= self._join(past, model, start, {member.node for member in joined.values()})
             members = {name: self._carried(past, member) for name, member in sorted(joined.items())}
@@ -241,15 +256,31 @@ class Rosters:
                 session = self._joining.agreed(past.run, members)
                 if session is not None:
                     return self._entered(past, start, session, members)
+            self._suspect(members, before)
             self._note_failures()
             start, joined = self._next_start(past, model), {}
         raise QuorumNotMet(f"joining failed {TRIES} times")
+
+    def _suspect(self, members: Mapping[str, Member], before: Collection[str]) -> None:
+        """Leave newcomers out of the next try, and blame nobody else for this one.
+
+        Who sends what the others must refuse makes them look like those that fail. So newcomers that failed
+        themselves are left out, or all of them if none did.
+        """
+        newcomers = [member for name, member in members.items() if name not in before]
+        failed = self._joining.failed.keys() | self._joining.silences.keys()
+        if newcomers:
+            self._joining.forget()
+        for member in [one for one in newcomers if one.node in failed] or newcomers:
+            self._refused.add((member.node_key, member.activated))
+            self._failures[member.node_key] += 1
 
     def _entered(self, past: Past, start: Start, session: str, members: dict[str, Member]) -> ServerSession:
         new = [member.name for name, member in members.items() if name not in past.owners]
         left = {name: owner for name, owner in past.owners.items() if name not in members}
         made = ServerSession(past.run, session, members, start.roster, start.round, left)
         self._note_failures()
+        self._sums, self._model = (range(0), b""), ("", b"")
         self._record(made, new)
         _LOG.info("roster %d of %d owners from round %d on", start.roster, len(members), start.round + 1)
         return made
@@ -292,11 +323,15 @@ class Rosters:
 
     def _with_steps(self, past: Past, start: Start, member: Member) -> Request:
         missed = range(member.known_round + 1, start.round + 1)
-        sums = b"".join([self._store.sums(number) for number in missed])
-        return self._request(past, start, past.steps[member.known_round :], sums)
+        # members that have missed the same rounds share one copy of the sums
+        if self._sums[0] != missed:
+            self._sums = missed, b"".join([self._store.sums(number) for number in missed])
+        return self._request(past, start, past.steps[member.known_round :], self._sums[1])
 
     def _with_model(self, past: Past, start: Start, model: GlobalModel) -> Request:
-        return self._request(past, start, [], model.to_bytes() if start.round else b"", "global model")
+        if self._model[0] != start.model_hash:
+            self._model = start.model_hash, model.to_bytes()
+        return self._request(past, start, [], self._model[1] if start.round else b"", "global model")
 
     def _request(
         self,
@@ -331,7 +366,7 @@ class Rosters:
 
     def _require_vouched(self, past: Past, members: Mapping[str, Member]) -> None:
         vouching = sum(Join.from_fields(one.joined.join.body).vouches for one in members.values())
-        if vouching < self._least(past.steps):
+        if vouching < self._plan.encryption.quorum:
             raise QuorumNotMet(
                 f"{vouching} of the owners that are there know the model by themselves, "
                 f"{self._plan.encryption.quorum} are needed"
@@ -341,7 +376,9 @@ class Rosters:
         with self._store.transaction():
             self._store.set("run", session.run)
             self._store.set("session", session.session)
-            self._store.set("sessions", [*self._store.get("sessions", []), session.session])
+            stage = Stage(session=session.session, first_round=session.first_round)
+            stages = [*self._store.get("sessions", []), stage.model_dump(mode="json")]
+            self._store.set("sessions", stages)
             self._store.set("roster", session.roster)
             for member in session.members.values():
                 self._store.put_owner(member.fingerprint, member.facts())
@@ -352,5 +389,11 @@ class Rosters:
 
 
 def _question(runner: RoundRunner, waiting: Mapping[int, Arrival]) -> Question:
-    present = frozenset(member.fingerprint for member in runner.attendance.present())
-    return runner.session.session, len(runner.steps), present, frozenset(waiting.values())
+    there = frozenset(_there(runner))
+    return runner.session.session, len(runner.steps), there, frozenset(waiting.values())
+
+
+def _there(runner: RoundRunner) -> set[str]:
+    """Return the members that are there and in the session, as they say themselves."""
+    present = runner.attendance.present()
+    return {member.fingerprint for member in present if member.problem != SessionMismatch.code}

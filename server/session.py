@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -15,7 +15,7 @@ from crypto.certificates import verify_signing_certificate
 from crypto.signing import signed_head, verify
 from crypto.trust import Trust
 from crypto.wraps import WrapTree, wrap_digests
-from protocol.encoding import digest_bytes
+from protocol.encoding import digest, digest_bytes
 from protocol.errors import FedsealError, ProtocolViolation, QuorumNotMet
 from protocol.messages import (
     Join,
@@ -201,13 +201,12 @@ class Joining:
         request = Request(RosterRequest(run=run, members=joins).to_bytes())
         replies: dict[str, RosterReply] = {}
         nodes = {member.node: member for member in members.values()}
-        for reply in self._ask("query.roster", dict.fromkeys(nodes, request)):
+        for reply in self._ask("query.roster", dict.fromkeys(nodes, request), nodes):
             member = nodes[reply.node]
-            own = member.fingerprint
             try:
                 answer = RosterReply.from_bytes(reply.body)
                 body = verify(answer.wraps, member.public_key, Wraps)
-                _check_wraps(answer, body, signed_hash([m.join for m in joins]), set(members) - {own})
+                _check_wraps(answer, body, joins, member.joined)
             except FedsealError as error:
                 self._refuse(member.node, member.fingerprint, "query.roster", error)
                 continue
@@ -234,7 +233,7 @@ class Joining:
         session = signed_hash(wraps)
         nodes = {member.node: member for member in members.values()}
         confirmed: set[str] = set()
-        for reply in self._ask("query.keys", requests):
+        for reply in self._ask("query.keys", requests, nodes):
             member = nodes[reply.node]
             try:
                 answer = KeysReply.from_bytes(reply.body)
@@ -251,7 +250,9 @@ class Joining:
         self.failed[node] = error.code
         self._store.refuse(owner, kind, error.code)
 
-    def _ask(self, kind: str, requests: dict[int, Request]) -> Iterable[Reply]:
+    def _ask(
+        self, kind: str, requests: dict[int, Request], members: Mapping[int, Member] | None = None
+    ) -> Iterable[Reply]:
         silent = set(requests)
         for reply in self._exchanger.ask(kind, requests, self._plan.deadlines.join_s):
             silent.discard(reply.node)
@@ -259,7 +260,9 @@ class Joining:
                 yield reply
             else:
                 self.failed[reply.node] = reply.code
-                self._store.refuse(node_digest(reply.node), kind, reply.code)
+                member = None if members is None else members[reply.node]
+                owner = node_digest(reply.node) if member is None else member.fingerprint
+                self._store.refuse(owner, kind, reply.code)
                 self._store.event("refused", exchange=kind, code=reply.code)
         for node in silent:
             _LOG.warning("an owner does not answer %s", kind)
@@ -276,15 +279,21 @@ def _returned_heads(member: Member, replies: Iterable[RosterReply]) -> list[Sign
     return [found[head] for head in sorted(found)]
 
 
-def _check_wraps(answer: RosterReply, body: Wraps, roster_hash: str, peers: set[str]) -> None:
-    """Check that an owner wrapped for exactly its peers, and sent what it signed.
+def _check_wraps(answer: RosterReply, body: Wraps, joins: Sequence[JoinReply], own: JoinReply) -> None:
+    """Check that an owner wrapped for exactly its peers, and sent what it signed and committed to.
 
     Whoever got other wraps would refuse them, and would be blamed instead of their sender.
     """
-    if body.roster_hash != roster_hash or set(answer.seeds) != peers:
+    signers = [reply.join.signer for reply in joins]
+    peers = set(signers) - {own.join.signer}
+    if body.roster_hash != signed_hash([reply.join for reply in joins]) or set(answer.seeds) != peers:
         raise ProtocolViolation("wraps are for another roster")
-    deals = body.key_commitment is not None
-    if set(answer.keys) != (peers if deals else set()) or (answer.dealt is not None) != deals:
+    if Join.from_fields(own.join.body).nonce_commitment != digest(body.nonce):
+        raise ProtocolViolation("a member revealed another nonce than it committed to")
+    deals = own.join.signer == signers[0]
+    if (body.key_commitment is not None, answer.dealt is not None) != (deals, deals):
+        raise ProtocolViolation("exactly the first member must deal the encryption key")
+    if set(answer.keys) != (peers if deals else set()):
         raise ProtocolViolation("the encryption key is not dealt to exactly the roster")
     if body.wraps_hash != WrapTree(wrap_digests(answer.seeds, answer.keys, answer.dealt)).root:
         raise ProtocolViolation("wraps are not the ones that their sender signed")

@@ -165,7 +165,7 @@ class SealStrategy(Strategy):
 
     def _require_hope(self, runner: RoundRunner, error: FedsealError) -> None:
         """Raise if a further attempt cannot succeed."""
-        if not runner.attendance.can_go_on():
+        if not (runner.attendance.can_go_on() or self._rosters.somebody_waits(runner)):
             raise RunFailed("too few owners have privacy budget left for a further round") from error
         begun = sum(facts["purpose"] == "train" for facts in self._store.attempts())
         if begun >= self._plan.run.rounds + self._plan.run.spare_attempts:
@@ -265,7 +265,8 @@ class SealStrategy(Strategy):
                 steps=runner.steps[member.known_round :],
             )
             requests[member.node] = Request(message.to_bytes(), sums)
-        expected = (session.session, self._plan.sha256(), model.sha256())
+        sessions = [stage["session"] for stage in self._store.get("sessions")]
+        expected = (session.session, sessions, self._plan.sha256(), model.sha256())
         # a closing that is repeated after a crash must be the same to the byte
         self._record_members(session)
         for reply in exchanger.ask("query.close", requests, self._plan.deadlines.open_s):
@@ -275,14 +276,16 @@ class SealStrategy(Strategy):
             except FedsealError as error:
                 self._store.refuse(member.fingerprint, "query.close", error.code)
 
-    def _record_statement(self, member: Member, reply: Reply, expected: tuple[str, str, str]) -> None:
+    def _record_statement(
+        self, member: Member, reply: Reply, expected: tuple[str, list[str], str, str]
+    ) -> None:
         if reply.code is not None:
             self._store.refuse(member.fingerprint, "query.close", reply.code)
             return
         signed = CloseReply.from_bytes(reply.body).statement
         body = verify(signed, member.public_key, Statement)
-        if (body.session, body.plan_hash, body.model_hash) != expected:
-            raise ProtocolViolation("a statement is about another session, plan or model")
+        if (body.session, body.sessions, body.plan_hash, body.model_hash) != expected:
+            raise ProtocolViolation("a statement is about other sessions, another plan or model")
         member.note_statement(signed, body)
         self._store.put_owner(member.fingerprint, member.facts())
 

@@ -212,9 +212,9 @@ def test_an_owner_whose_frames_voided_an_attempt_is_left_out(
 def test_a_dealer_that_leaves_somebody_out_is_blamed_itself(run: HostileRun) -> None:
     """Else whoever got no key would refuse, and be left out in its place."""
     run.join().roster()
-    roster_hash, dealer = str(run.state(0).roster_hash), run.rosters[0]
+    dealer = run.rosters[0]
     for index in (0, EVIL):
-        check_as_coordinator(run, index, run.rosters[index], roster_hash)
+        check_as_coordinator(run, index, run.rosters[index])
     fewer = {name: key for name, key in dealer.keys.items() if name != run.print_(EVIL)}
     liars = [
         (0, dealer.model_copy(update={"keys": fewer})),
@@ -224,16 +224,20 @@ def test_a_dealer_that_leaves_somebody_out_is_blamed_itself(run: HostileRun) -> 
         (EVIL, run.rosters[EVIL].model_copy(update={"keys": run.rosters[EVIL].seeds, "dealt": b"x"})),
     ]
     for index, reply in liars:
-        with pytest.raises(ProtocolViolation, match="not dealt to exactly the roster"):
-            check_as_coordinator(run, index, reply, roster_hash)
+        with pytest.raises(ProtocolViolation, match="deal"):
+            check_as_coordinator(run, index, reply)
+    # what all others would refuse, and be blamed for
+    for changes in ({"nonce": "ab" * 32}, {"key_commitment": "ab" * 32}, {"roster_hash": "ab" * 32}):
+        with pytest.raises(ProtocolViolation):
+            check_as_coordinator(run, EVIL, run.rosters[EVIL], **changes)
 
 
-def check_as_coordinator(run: HostileRun, index: int, reply: RosterReply, roster_hash: str) -> None:
+def check_as_coordinator(run: HostileRun, index: int, reply: RosterReply, **changes: Any) -> None:
     """Check an answer to `query.roster` that its sender signed as it is."""
     body = Wraps.from_fields(reply.wraps.body)
-    body = body.model_copy(update={"wraps_hash": WrapTree(wrap_digests_of(reply)).root})
-    peers = {run.print_(other) for other in run.indices if other != index}
-    _check_wraps(reply, body, roster_hash, peers)
+    body = body.model_copy(update={"wraps_hash": WrapTree(wrap_digests_of(reply)).root, **changes})
+    joins = [run.joins[other] for other in run.indices]
+    _check_wraps(reply, body, joins, run.joins[index])
 
 
 def test_a_member_that_sends_other_wraps_than_it_signed_is_left_out(

@@ -18,6 +18,7 @@ from protocol.messages import (
     JoinRequest,
     RosterRequest,
     Signed,
+    Stage,
     Start,
     Statement,
 )
@@ -33,7 +34,7 @@ class LaterRun:
     def __init__(self, run: HostileRun) -> None:
         self.run = run
         run.established()
-        self.sessions = [run.session]
+        self.sessions = [Stage(session=run.session, first_round=0)]
         self.openings, self.sums = run.finished_round()
         # the model after the round, as an owner that follows it computes it
         request = run.fit_request(2, model_hash="00" * 32, round_number=2, steps=[self.openings])
@@ -80,6 +81,15 @@ class LaterRun:
         return self.run.federation.refused(index, "query.roster", request)
 
 
+def stage(name: str, first_round: int = 1) -> Stage:
+    """Return a session that nobody was in."""
+    return Stage(session=name * 32, first_round=first_round)
+
+
+def stage_of(run: HostileRun, first_round: int = 0) -> Stage:
+    return Stage(session=run.session, first_round=first_round)
+
+
 @pytest.fixture
 def later(federation: HostileFederation, plan: Plan) -> LaterRun:
     return LaterRun(federation.run(plan, OLD))
@@ -94,6 +104,7 @@ def test_honestly_five_owners_go_on_together(later: LaterRun) -> None:
     closing = run.close(NEW, [openings], sums, _after(run, openings, sums))
     statement = Statement.from_fields(CloseReply.from_bytes(closing.body).statement.body)
     assert statement.sessions == [old, run.session]
+    assert run.state(NEW).keyed_in == {run.session: 1}
     assert [run.owner(index).ledger.spent(run.run).sealed for index in (*OLD, NEW)] == [2, 2, 2, 2, 1]
 
 
@@ -163,7 +174,7 @@ def test_before_the_first_round_only_the_plans_own_model_is_a_start(
     model = run.model(0)
     chosen = GlobalModel.initial(model.weights + 1.0)
     for blob in (b"", chosen.to_bytes()):
-        start = Start(roster=2, round=0, model_hash=chosen.sha256(), sessions=[run.session])
+        start = Start(roster=2, round=0, model_hash=chosen.sha256(), sessions=[stage_of(run)])
         request = JoinRequest(run=run.run, plan=plan.fields(), start=start, steps=[])
         assert run.federation.refused(NEW, "query.join", request, blob) == "FS-ROUND-02"
 
@@ -180,7 +191,7 @@ def test_a_first_roster_takes_no_model_and_no_steps(federation: HostileFederatio
 def test_a_roster_with_a_number_that_was_used_is_refused(later: LaterRun) -> None:
     later.second()
     with nothing_released(later.run, 0):
-        assert later.refused(0, later.start(sessions=[later.run.session, "ab" * 32])) == "FS-WIRE-03"
+        assert later.refused(0, later.start(sessions=[*later.sessions, stage("ab")])) == "FS-WIRE-03"
 
 
 def test_an_owner_never_goes_back_to_an_earlier_round(later: LaterRun) -> None:
@@ -207,6 +218,47 @@ def test_a_session_in_which_an_owner_sealed_cannot_be_left_out(later: LaterRun) 
         assert later.refused(0, later.start(sessions=[])) == "FS-WIRE-03"
 
 
+def test_who_was_there_does_not_vouch_for_sessions_that_it_does_not_know(later: LaterRun) -> None:
+    """With one that nobody was in, openings of another run would count in the report of this one."""
+    start = later.start(sessions=[*later.sessions, stage("ab")])
+    joins = {index: later.join(index, start) for index in (0, 1, 2, NEW)}
+    assert not any(Join.from_fields(reply.join.body).vouches for reply in joins.values())
+    assert later.roster_refused(0, joins) == "FS-ROSTER-01"
+
+
+def test_a_run_that_seems_to_begin_with_its_second_roster_needs_a_quorum_too(
+    federation: HostileFederation, plan: Plan
+) -> None:
+    run = federation.run(plan, OLD)
+    start = Start(roster=2, round=0, model_hash=str(plan.model.initial_sha256), sessions=[stage("ab", 0)])
+    request = JoinRequest(run=run.run, plan=plan.fields(), start=start, steps=[])
+    for index in OLD:
+        run.joins[index] = JoinReply.from_bytes(federation.accepted(index, "query.join", request).body)
+    assert federation.refused(0, "query.roster", run.roster_request()) == "FS-ROSTER-01"
+
+
+@pytest.mark.parametrize("what", ["fork", "hidden fork", "other past", "other beginning"])
+def test_a_fork_of_the_run_does_not_come_together_again(later: LaterRun, what: str) -> None:
+    """Half of the owners are taken elsewhere meanwhile; what they opened there would be off the record."""
+    run = later.second((0, 1, 2)).roster().keys()
+    openings, sums = run.finished_round(2, model_hash=later.model.sha256(), round_number=2)
+    model = follow(run.owner(0), run.state(0), [openings], sums)[0]
+    ours, first = stage_of(run, 1), later.sessions[0]
+    # owner 0 applies the second round, so that it is two rounds on
+    run.fit(3, (0,), model_hash=model.sha256(), round_number=3, steps=[openings], sums=sums)
+    sessions = {
+        "fork": [first, ours, stage("ab", 1)],
+        "hidden fork": [first, stage("ab", 1), ours],
+        "other past": [stage("ab", 0), first, ours],
+        "other beginning": [first, ours.model_copy(update={"first_round": 2})],
+    }[what]
+    chosen = GlobalModel.initial(model.weights + 1.0)
+    start = Start(roster=9, round=4, model_hash=chosen.sha256(), sessions=sessions)
+    jump = JoinRequest(run=run.run, plan=run.plan.fields(), start=start, steps=[])
+    with nothing_released(run, 0):
+        assert run.federation.refused(0, "query.join", jump, chosen.to_bytes()) == "FS-WIRE-03"
+
+
 def test_another_plan_for_a_later_roster_is_refused(later: LaterRun, make_plan: Any) -> None:
     request, blob = later.request(later.start(), follows=True)
     other = make_plan(training={"local_steps": 2})
@@ -226,7 +278,7 @@ def test_a_closed_run_is_not_opened_again(later: LaterRun) -> None:
 def test_members_that_were_shown_different_starts_do_not_come_together(later: LaterRun) -> None:
     start = later.start()
     joins = {index: later.join(index, start) for index in (0, 1, 2)}
-    for other in (later.start(roster=3), later.start(roster=4, sessions=[*later.sessions, "cd" * 32])):
+    for other in (later.start(roster=3), later.start(roster=4, sessions=[*later.sessions, stage("cd")])):
         mixed = joins | {NEW: later.join(NEW, other)}
         assert later.roster_refused(0, mixed) == "FS-ROSTER-01"
 

@@ -339,3 +339,21 @@ def test_a_member_whose_home_was_put_back_comes_in_through_a_new_roster(
     assert made.contributors()[3] == [0, 1, 2, 3]
     assert len(made.sessions()) == 3
     made.check_models(0, 1, 2, 3)
+
+
+def test_an_owner_that_needs_one_roster_after_the_other_is_out_at_last(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind every round it is in no session any more: each new roster costs everybody."""
+    made = scene(4, run={"rounds": 14, "spare_attempts": 3})
+
+    def forget(_round: int) -> None:
+        owner, run = made.owner(3), made.store.get("run")
+        owner.pending.clear()
+        owner.store.save(made.state(3).with_changes(session=None))
+        assert owner.store.find(run) is not None
+
+    made.run(monkeypatch, dict.fromkeys(range(1, 14), forget))
+    assert made.store.get("state") == "finished"
+    assert len(made.sessions()) == 6
+    assert made.contributors()[-1] == [0, 1, 2]

@@ -397,11 +397,25 @@ def openings_of_an_earlier_session(*named_by: str) -> int:
     return int(build_report(RunEvidence.from_fields(fields), NOW)["rounds"][0]["agreeing_openings"])
 
 
-def test_an_earlier_roster_counts_where_every_statement_names_its_session() -> None:
-    """One owner's word would let openings of any other run count."""
+def test_an_earlier_roster_counts_where_statements_of_a_quorum_name_its_session() -> None:
+    """One owner's word would let openings of any other run count, or none of the earlier roster's."""
     assert openings_of_an_earlier_session() == 0
     assert openings_of_an_earlier_session(OWNERS[0]) == 0
+    assert openings_of_an_earlier_session(*OWNERS[:2]) == 3
     assert openings_of_an_earlier_session(*OWNERS) == 3
+
+
+def test_a_run_that_has_not_ended_counts_the_openings_of_all_its_rosters_and_does_not_pass() -> None:
+    fields = evidence_fields()
+    fields["rounds"][0]["openings"] = [_opening(name, session=sha("earlier")) for name in OWNERS[:3]]
+    fields |= {"state": "paused", "session": None}
+    for owner in fields["owners"]:
+        owner["statement"] = None
+    report = build_report(RunEvidence.from_fields(fields), NOW)
+    assert report["rounds"][0]["agreeing_openings"] == 3
+    found = {check["id"]: check["status"] for check in report["checks"]}
+    assert (found["openings-agree"], found["statements-agree"]) == ("pass", "missing")
+    assert report["verdict"]["status"] == "INCONCLUSIVE"
 
 
 def test_a_statement_must_name_its_own_session_last() -> None:

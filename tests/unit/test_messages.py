@@ -25,6 +25,7 @@ from protocol.messages import (
     RosterReply,
     Session,
     Signed,
+    Stage,
     Start,
     Statement,
     Wraps,
@@ -61,7 +62,7 @@ STATEMENT = Statement(
     void_attempts=0,
     ledger=HEAD,
 )
-START = Start(roster=2, round=1, model_hash=C, sessions=[A])
+START = Start(roster=2, round=1, model_hash=C, sessions=[Stage(session=A, first_round=0)])
 JOIN = Join(
     version=1,
     run=A,

@@ -22,6 +22,7 @@ from protocol.messages import (
     RosterReply,
     RosterRequest,
     Signed,
+    Stage,
     Start,
     Wraps,
 )
@@ -142,7 +143,9 @@ def test_what_an_owner_receives_when_it_joins_fits_for_the_largest_cohort() -> N
         version=1,
         run=A,
         plan_hash=A,
-        start=Start(roster=2**53, round=2**40, model_hash=A, sessions=[A] * 4),
+        start=Start(
+            roster=2**53, round=2**40, model_hash=A, sessions=[Stage(session=A, first_round=2**40)] * 4
+        ),
         vouches=False,
         nonce_commitment=C,
         hpke_key=HpkeKey.generate().public(),
