@@ -12,9 +12,11 @@ import pytest
 from flwr.app import Context
 from real_federation import small_plan
 
+from client import joining
 from client.app import make_app
 from client.owner import Owner
 from client.state import RunState
+from crypto.agreement import WrapContext
 from protocol.errors import QuorumNotMet
 from protocol.messages import Join, Opening
 from scenarios.simulate import Simulation, federate
@@ -357,3 +359,25 @@ def test_an_owner_that_needs_one_roster_after_the_other_is_out_at_last(
     assert made.store.get("state") == "finished"
     assert len(made.sessions()) == 6
     assert made.contributors()[-1] == [0, 1, 2]
+
+
+def test_a_newcomer_that_wraps_garbage_is_left_out_and_nobody_else_is(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peers refuse what it sent, so that they look like those that fail."""
+    made = scene(4)
+    made.go(3)
+    evil, wrap = made.owner(3).fingerprint, joining.wrap
+
+    def garbage(key: bytes, secret: bytes, context: WrapContext) -> bytes:
+        wrapped = wrap(key, secret, context)
+        return bytes(len(wrapped)) if context.sender == evil else wrapped
+
+    monkeypatch.setattr(joining, "wrap", garbage)
+    made.run(monkeypatch, {2: lambda _round: made.come(3)})
+    assert made.contributors() == [[0, 1, 2]] * ROUNDS
+    assert [one["owners"] for one in made.sessions()] == [3, 3]
+    made.check_models(0, 1, 2)
+    assert not any(facts["void"] for facts in made.store.attempts())
+    refused = {one["owner"] for one in made.store.refusals() if one["kind"] == "query.keys"}
+    assert refused == {made.owner(index).fingerprint for index in range(3)}
