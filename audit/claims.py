@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
-from audit.evidence import ClaimEvidence, OwnerEvidence, RoundEvidence, RunEvidence, parse_time
+from audit.evidence import ClaimEvidence, OwnerEvidence, RoundEvidence, RunEvidence
 from protocol.claims import UNITS, adjacency, assumption, planned_worst
 from protocol.errors import ReportInvalid
 from protocol.evaluation import (
@@ -141,9 +141,7 @@ def claim(evidence: RunEvidence, owner: OwnerEvidence, plan: Plan) -> dict[str, 
         "sealed_attempts": sealed,
         "sealed_evaluations": counted,
         "certificate_matches": owner.public_key() is not None,
-        "certificate_covers_run": owner.certificate_covers(
-            parse_time(evidence.started_at), parse_time(evidence.finished_at)
-        ),
+        "certificate_covers_run": owner.certificate_covers_presence(),
         "statement": "missing" if owner.statement is None else "valid" if statement else "invalid",
         "disagreements": []
         if statement is None

@@ -73,7 +73,10 @@ def collect(
         initial_model_hash=initial,
         encryption=EncryptionEvidence.of_plan(plan, store.get("frame_bytes")),
         rounds=[_round(facts) for facts in attempts],
-        owners=[_owner(print_, facts, plan) for print_, facts in store.owners().items()],
+        owners=[
+            _owner(fingerprint, facts, plan, presence(store, fingerprint))
+            for fingerprint, facts in store.owners().items()
+        ],
         transcript=[TranscriptEntry.from_fields(row) for row in store.transcript()],
         refusals=[Refusal.from_fields(row) for row in store.refusals()],
         keys=coordinator_custody(home),
@@ -108,7 +111,26 @@ def _round(facts: dict[str, Any]) -> RoundEvidence:
     )
 
 
-def _owner(fingerprint: str, facts: dict[str, Any], plan: Plan) -> OwnerEvidence:
+def presence(store: RunStore, fingerprint: str) -> tuple[str, str]:
+    """Return when an owner came into the run and when it left it, as the run's events tell.
+
+    It came with the first roster that it was in. It left, if it is not in the last one, with the last round
+    that it contributed to.
+    """
+    start, end = str(store.get("started_at")), str(store.get("finished_at"))
+    contributed = {one["attempt"] for one in store.attempts() if fingerprint in one["contributors"]}
+    came, left, inside = None, None, True
+    for _identifier, moment, kind, facts in store.events():
+        if kind == "session":
+            inside = fingerprint in facts["members"]
+            came = came or (moment if inside else None)
+        elif kind in ("round", "evaluation") and facts["attempt"] in contributed:
+            left = moment
+    came = came or start
+    return came, end if inside else left or came
+
+
+def _owner(fingerprint: str, facts: dict[str, Any], plan: Plan, present: tuple[str, str]) -> OwnerEvidence:
     statement, (epsilon, delta) = facts.get("statement"), promised_loss(plan)
     return OwnerEvidence.from_fields(
         {
@@ -127,6 +149,8 @@ def _owner(fingerprint: str, facts: dict[str, Any], plan: Plan) -> OwnerEvidence
             "ledger_last": LedgerHead.from_fields(facts["ledger_last"]),
             "sealed_attempts": facts["sealed"],
             "sealed_evaluations": facts["sealed_evaluations"],
+            "present_from": present[0],
+            "present_until": present[1],
         }
     )
 

@@ -12,73 +12,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from audit.evidence_base import Evidence, Json, Magnitude, Moment, Probability, Sum, Text, parse_time
 from crypto.certificates import fingerprint
 from crypto.presets import packing_for
 from crypto.signing import verify
 from protocol.claims import Adjacency, Unit
 from protocol.encoding import Blob, Digest, digest_bytes
-from protocol.errors import EncodingInvalid, ReportInvalid, SignatureInvalid
+from protocol.errors import EncodingInvalid, SignatureInvalid
 from protocol.evaluation import COUNTS
 from protocol.messages import Count, Fingerprint, LedgerHead, Opening, Purpose, Signed, Statement
-from protocol.plan import Plan, first_problem
-
-Text = Annotated[str, Field(max_length=512)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Magnitude = Annotated[float, Field(ge=0)]
-Sum = Annotated[int, Field(ge=0, lt=2**32)]
-Json = bool | int | float | str | list[Any] | dict[str, Any] | None
-
-
-def parse_time(text: str) -> datetime:
-    """Return the moment that an ISO 8601 text with the offset of UTC names.
-
-    Raises:
-        ValueError: Not ISO 8601, or not in UTC.
-    """
-    moment = datetime.fromisoformat(text)
-    if moment.utcoffset() != timedelta(0):
-        raise ValueError("the time is not in UTC")
-    return moment.astimezone(UTC)
-
-
-def _utc(text: str) -> str:
-    parse_time(text)
-    return text
-
-
-Moment = Annotated[str, Field(max_length=40), AfterValidator(_utc)]
-"""A moment as ISO 8601 text in UTC, for example ``2026-03-01T08:30:00+00:00``."""
-
-
-class Evidence(BaseModel):
-    """Base of all evidence: strict types, no unknown keys, immutable, no NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @classmethod
-    def from_fields(cls, fields: Any) -> Self:
-        """Validate evidence given as nested dicts, as JSON parses to.
-
-        Raises:
-            ReportInvalid: Names the first wrong field and why.
-        """
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise ReportInvalid(first_problem(error)) from None
-
-    def fields(self) -> dict[str, Any]:
-        """Return the evidence as nested dicts of plain JSON values."""
-        return self.model_dump(mode="json")
+from protocol.plan import Plan
 
 
 class EncryptionEvidence(Evidence):
@@ -212,6 +163,8 @@ class OwnerEvidence(Evidence):
         ledger_last: Newest ledger head that the owner signed.
         sealed_attempts: Attempts for which the owner sealed an update; each of them costs privacy.
         sealed_evaluations: Evaluations for which it sealed its counts; each of them costs privacy.
+        present_from: When the first roster that it was in stood.
+        present_until: The end of the run, or of the last round that it took part in, if it left before.
     """
 
     name: Text
@@ -223,6 +176,8 @@ class OwnerEvidence(Evidence):
     ledger_last: LedgerHead
     sealed_attempts: Count
     sealed_evaluations: Count
+    present_from: Moment
+    present_until: Moment
 
     def certificate(self) -> x509.Certificate | None:
         """Return the signing certificate, or None if the bytes are not a certificate."""
@@ -231,8 +186,9 @@ class OwnerEvidence(Evidence):
         except (ValueError, UnsupportedAlgorithm):
             return None
 
-    def certificate_covers(self, start: datetime, end: datetime) -> bool:
-        """Tell whether the signing certificate was valid from `start` to `end`."""
+    def certificate_covers_presence(self) -> bool:
+        """Tell whether the signing certificate was valid while the owner was in the run."""
+        start, end = parse_time(self.present_from), parse_time(self.present_until)
         certificate = self.certificate()
         return (
             certificate is not None

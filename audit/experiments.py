@@ -12,7 +12,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from audit.evidence import Evidence, KeyCustody, Magnitude, Moment, Probability, Text
+from audit.evidence import KeyCustody
+from audit.evidence_base import Evidence, Magnitude, Moment, Probability, Text
 from protocol.encoding import Digest
 from protocol.messages import Count
 

@@ -27,7 +27,8 @@ from jsonschema import Draft202012Validator
 from audit import render
 from audit.claims import claim, close, estimate, promise, spent_epsilon
 from audit.contradictions import refuse_contradictions
-from audit.evidence import EncryptionEvidence, RunEvidence, parse_time
+from audit.evidence import EncryptionEvidence, RunEvidence
+from audit.evidence_base import parse_time
 from audit.experiments import LabEvidence
 from audit.facts import flatten, unflatten
 from audit.findings import finding

@@ -190,11 +190,18 @@ def _expected(federation: HostileFederation, plan: Plan) -> list[Expected]:
     signed = sealed.fit(1)
     frames = sealed.seal(1, signed, sealed.indices)
     opened, blob = sealed.open_request(1, signed, frames)
-    from protocol.messages import CloseRequest, JoinRequest
+    from client.following import follow
+    from protocol.messages import CloseRequest, JoinRequest, Stage, Start
 
+    model = follow(closing.owner(0), closing.state(0), [openings], sums)[0]
+    past = [Stage(session=closing.session, first_round=0)]
+    start = Start(roster=2, round=1, model_hash=model.sha256(), sessions=past)
+    again = JoinRequest(run=closing.run, plan=plan.fields(), start=start, steps=[openings])
+    late = again.model_copy(update={"run": federation.run(plan).run, "steps": []})
     close = CloseRequest(session=closing.session, model_hash="0" * 64, steps=[openings])
     return [
         Expected("query.join", JoinRequest(run=fresh.run, plan=plan.fields()).to_bytes(), b""),
+        Expected("query.join", late.to_bytes(), model.to_bytes()),
         Expected("query.roster", joined.roster_request().to_bytes(), b""),
         Expected("query.keys", rostered.keys_request(3).to_bytes(), b""),
         Expected("train.fit", keyed.fit_request(1).to_bytes(), b""),
@@ -202,6 +209,7 @@ def _expected(federation: HostileFederation, plan: Plan) -> list[Expected]:
         Expected("train.seal", ready.seal_request(1, ready.fit(1)).to_bytes(), b""),
         Expected("query.open", opened.to_bytes(), blob),
         Expected("query.close", close.to_bytes(), sums),
+        Expected("query.join", again.to_bytes(), sums),
     ]
 
 

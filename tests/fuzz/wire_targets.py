@@ -96,6 +96,13 @@ _OTHERS: list[Message] = [
     messages.RosterRequest(
         run=DIGESTS[0], members=[messages.JoinReply(certificate=b"der", join=SIGNED) for _ in range(3)]
     ),
+    messages.Stage(session=DIGESTS[0], first_round=2),
+    messages.Start(
+        roster=2,
+        round=3,
+        model_hash=DIGESTS[1],
+        sessions=[messages.Stage(session=DIGESTS[0], first_round=0)],
+    ),
     messages.KeysReply(session=SIGNED),
     messages.FitReply(ready=SIGNED),
     messages.SealRequest(session=DIGESTS[0], attempt=3, ready=[SIGNED, SIGNED]),

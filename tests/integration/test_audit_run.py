@@ -17,7 +17,8 @@ import torch
 from real_federation import MARK, PASSPHRASE, RealFederation, living, plan_fields, small_plan, wait_until
 from typer.testing import CliRunner
 
-from audit.evidence import RunEvidence, parse_time
+from audit.evidence import RunEvidence
+from audit.evidence_base import parse_time
 from audit.experiments import Depth, LabEvidence, MechanismEvidence, Place
 from audit.report import build_report, verify_report, write_report
 from fedseal import app

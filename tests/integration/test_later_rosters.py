@@ -12,6 +12,7 @@ import pytest
 from flwr.app import Context
 from real_federation import small_plan
 
+from audit.collect import presence
 from client import joining
 from client.app import make_app
 from client.owner import Owner
@@ -175,6 +176,13 @@ def test_another_owner_takes_the_place_of_one_that_is_gone(
     owners = made.store.owners()
     assert owners[made.owner(2).fingerprint]["statement"] is None
     assert owners[made.owner(2).fingerprint]["sealed"] == 2
+    times = dict[str, list[str]]()
+    for _id, moment, kind, _facts in made.store.events():
+        times.setdefault(kind, []).append(moment)
+    end = made.store.get("finished_at")
+    present = [presence(made.store, made.owner(index).fingerprint) for index in range(4)]
+    assert present[0] == present[1] == (times["session"][0], end)
+    assert present[2:] == [(times["session"][0], times["round"][1]), (times["session"][1], end)]
 
 
 def test_an_owner_leaves_and_comes_back_through_a_third_roster(

@@ -140,6 +140,8 @@ def _owner(run_plan: Plan, name: str, sealed: int) -> dict[str, Any]:
         "ledger_last": {"sequence": 9 + 2 * sealed, "head": sha(f"last {name}")},
         "sealed_attempts": sealed,
         "sealed_evaluations": 0,
+        "present_from": START.isoformat(),
+        "present_until": END.isoformat(),
     }
 
 

@@ -434,8 +434,22 @@ def test_a_stranger_or_a_forged_signature_does_not_count() -> None:
 def test_a_certificate_that_ended_during_the_run_is_seen() -> None:
     fields = evidence_fields()
     fields["finished_at"] = (NOW + timedelta(days=400)).isoformat()
+    for owner in fields["owners"][1:]:
+        owner["present_until"] = fields["finished_at"]
     report = build_report(RunEvidence.from_fields(fields), NOW)
-    assert {claim["certificate_covers_run"] for claim in report["claims"]} == {False}
+    # the first one left while it was valid
+    covered = [claim["certificate_covers_run"] for claim in report["claims"]]
+    assert covered == [True, False, False, False]
+
+
+def test_a_certificate_that_began_before_its_owner_came_covers_the_run() -> None:
+    fields = evidence_fields()
+    fields["started_at"] = (NOW - timedelta(days=400)).isoformat()
+    report = build_report(RunEvidence.from_fields(fields), NOW)
+    assert {claim["certificate_covers_run"] for claim in report["claims"]} == {True}
+    fields["owners"][0]["present_from"] = fields["started_at"]
+    report = build_report(RunEvidence.from_fields(fields), NOW)
+    assert sum(claim["certificate_covers_run"] for claim in report["claims"]) == 3
 
 
 # --- evidence ----------------------------------------------------------------------------------------
