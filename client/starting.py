@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from client.following import follow
 from client.owner import Owner
 from client.state import RunState
-from protocol.errors import ModelMismatch, ProtocolViolation, RosterRefused
+from protocol.errors import ModelMismatch, ProtocolViolation, RosterRefused, SessionMismatch
 from protocol.messages import Join, JoinRequest, Start
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
@@ -61,6 +61,8 @@ def later_model(
         _require_later(known, request, start)
         if request.steps or not blob:
             return _followed(owner, known, request, start, blob)
+    if request.steps:
+        raise SessionMismatch("openings came to an owner that was in no session of this run")
     if start.round == 0 and not blob:
         model, vouches = initial, not start.sessions
     else:

@@ -167,6 +167,11 @@ def test_a_model_that_is_not_the_named_one_is_refused(later: LaterRun, what: str
     assert run.owner(NEW).store.find(run.run) is None
 
 
+def test_openings_are_no_use_to_who_was_in_no_session(later: LaterRun) -> None:
+    """It cannot check them; the coordinator sends the model then, as to an owner that lost its state."""
+    assert later.refused(NEW, later.start(), follows=True) == "FS-ROSTER-02"
+
+
 def test_before_the_first_round_only_the_plans_own_model_is_a_start(
     federation: HostileFederation, plan: Plan
 ) -> None:
