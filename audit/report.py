@@ -230,7 +230,9 @@ def _owner_keys(evidence: RunEvidence) -> dict[str, Ed25519PublicKey]:
 
 
 def _sessions(evidence: RunEvidence, plan: Plan) -> set[str]:
-    """Return the run's sessions: the last, and the earlier ones that statements of a quorum name.
+    """Return the run's sessions: the last, and the earlier ones that a quorum of its statements names.
+
+    Where fewer statements than a quorum arrived, all of them must; the report says that others are missing.
 
     Without any statement from the last session, as of a run that has not ended, the openings' own word is
     taken: such a report says that the statements are missing, and cannot pass.

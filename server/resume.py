@@ -19,7 +19,7 @@ from protocol.errors import CertificateRefused, CheckpointInvalid, RunFailed
 from protocol.messages import Join, JoinReply, LedgerHead, Ready, Signed
 from protocol.optimizers import GlobalModel
 from server.members import Member, ServerSession
-from server.rosters import Past
+from server.regrouping import Past
 from server.store import RunStore
 
 
