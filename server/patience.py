@@ -53,10 +53,11 @@ class Patience:
         """Leave newcomers out of the next try, and blame nobody else for the one that failed.
 
         Who sends what the others must refuse makes them look like those that fail. So newcomers that failed
-        themselves are left out, or all of them if none did.
+        themselves are left out, or all of them if others refused. Silence of others is nobody's fault.
         """
-        suspects, failed = list(newcomers), joining.failed.keys() | joining.silences.keys()
+        newcomers, failed = list(newcomers), joining.failed.keys() | joining.silences.keys()
+        suspects = [one for one in newcomers if one.node in failed] or (newcomers if joining.failed else [])
         if suspects:
             joining.forget()
-        for member in [one for one in suspects if one.node in failed] or suspects:
+        for member in suspects:
             self.refuse(member.node_key, member.activated)

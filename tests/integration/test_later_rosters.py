@@ -389,3 +389,26 @@ def test_a_newcomer_that_wraps_garbage_is_left_out_and_nobody_else_is(
     assert not any(facts["void"] for facts in made.store.attempts())
     refused = {one["owner"] for one in made.store.refusals() if one["kind"] == "query.keys"}
     assert refused == {made.owner(index).fingerprint for index in range(3)}
+
+
+def test_a_newcomer_is_not_blamed_for_the_silence_of_others(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member disappears while the roster is made; the newcomer is in the next try."""
+    made = scene(4, deadlines={"join_s": 3.0, "pause_s": 2.0})
+    made.go(3)
+    push = made.simulation.grid.push_messages
+
+    def push_messages(messages: Any) -> list[str]:
+        asked = list(messages)
+        if any(one.metadata.message_type == "query.roster" for one in asked) and len(asked) == 4:
+            made.go(0)
+        return push(asked)
+
+    def come(_round: int) -> None:
+        made.come(3)
+        monkeypatch.setattr(made.simulation.grid, "push_messages", push_messages)
+
+    made.run(monkeypatch, {2: come})
+    assert made.contributors() == [[0, 1, 2]] * 2 + [[1, 2, 3]] * 2
+    made.check_models(1, 2, 3)
