@@ -36,9 +36,10 @@ from server.app import run_plan
 from server.store import RunStore
 from tasks.partition import digits
 from tests.attacks.conftest import attack_plan
+from tests.fuzz.message_targets import spelled
 from tests.fuzz.mutations import mutate_bytes, mutate_json
 from tests.fuzz.target import Target, require
-from tests.fuzz.wire_targets import PLAN, _record, _spelled
+from tests.fuzz.wire_targets import PLAN, _record
 from tests.virtual_time import virtual_time
 
 _CODE = re.compile(r"FS-[A-Z]{1,16}-\d{2}")
@@ -79,7 +80,7 @@ def _package_target(folder: Path) -> Target:
     def make(rng: random.Random) -> tuple[str, bytes]:
         name = rng.choice(list(contents))
         if name.endswith(".json") and rng.random() < 0.5:
-            return name, mutate_json(contents[name], rng, _spelled)
+            return name, mutate_json(contents[name], rng, spelled)
         return name, mutate_bytes(contents[name], rng, list(contents.values()))
 
     def feed(item: tuple[str, bytes]) -> None:
@@ -163,7 +164,7 @@ def _owner_target(federation: HostileFederation) -> Target:
         request = rng.choice(expected)
         body, blob = request.body, request.blob
         if rng.random() < 0.8 or not blob:
-            body = mutate_json(body, rng, _spelled, [other.body for other in expected])
+            body = mutate_json(body, rng, spelled, [other.body for other in expected])
         else:
             blob = mutate_bytes(blob, rng)
         return request, body, blob
@@ -255,7 +256,7 @@ class MutatingGrid(LocalGrid):
         body, blob = from_record(reply.content)
         choice = self.rng.random()
         if choice < 0.6 or (choice < 0.8 and not blob):
-            reply.content = to_record(mutate_json(body, self.rng, _spelled), blob)
+            reply.content = to_record(mutate_json(body, self.rng, spelled), blob)
         elif choice < 0.8:
             reply.content = to_record(body, mutate_bytes(blob, self.rng))
         else:
