@@ -1,4 +1,4 @@
-"""Whose openings a report counts, of which sessions, and over which time an owner's certificate must hold."""
+"""Whose openings a report counts, of which sessions, and how long an owner's certificate must hold."""
 
 from __future__ import annotations
 
