@@ -105,10 +105,16 @@ def check_round_list(owner: Owner, state: RunState, attempt: int, ready: Sequenc
     """Verify an attempt's list.
 
     Raises:
+        CertificateRefused: A listed owner's certificate has expired or was revoked.
         RosterRefused: The list is not acceptable to this owner, or mixes attempts, purposes or models.
     """
-    plan = state.parsed_plan()
-    bodies = verified_bodies(ready, member_keys(owner, state), Ready)
+    plan, keys = state.parsed_plan(), member_keys(owner, state)
+    lost = {reply.join.signer for reply in state.members} - keys.keys()
+    if not lost.isdisjoint(message.signer for message in ready):
+        raise CertificateRefused(
+            "that of a listed owner is not valid any more; the coordinator may not know yet"
+        )
+    bodies = verified_bodies(ready, keys, Ready)
     require_acceptable(owner, plan, [message.signer for message in ready])
     said = {(body.session, body.attempt, body.purpose, body.model_hash) for body in bodies}
     first = bodies[0]

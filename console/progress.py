@@ -76,6 +76,10 @@ class RunProgress:
     def _show_excluded(self, facts: dict[str, Any]) -> None:
         self._warn(f"{facts['owner']} is left out of the run: {facts['reason']}")
 
+    def _show_objects(self, facts: dict[str, Any]) -> None:
+        remedy = "left out until the coordinator has another revocation list"
+        self._warn(f"{facts['owner']} holds a member's certificate for invalid: {remedy}")
+
     def _show_returned(self, facts: dict[str, Any]) -> None:
         self._show_step({"text": f"{facts['owner']} is back: {facts['how']}"})
 

@@ -3,6 +3,8 @@
 An owner that did not answer is left out until it shows that it is there again: its node connects anew, or
 its late answer comes in. An owner because of which a sealed attempt was void cost everybody a paid round:
 the second time it is left out of the whole run, as is one that signed a sum that a quorum contradicts.
+An owner that seals for nobody beside a member whose certificate it holds for invalid is not to blame: its
+revocation list may be newer than the coordinator's, with whose next one it is asked again.
 """
 
 from __future__ import annotations
@@ -11,7 +13,13 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from protocol.errors import BudgetExhausted, LedgerConflict, ModelMismatch, QuorumNotMet
+from protocol.errors import (
+    BudgetExhausted,
+    CertificateRefused,
+    LedgerConflict,
+    ModelMismatch,
+    QuorumNotMet,
+)
 from protocol.plan import Plan
 from server.exchange import Exchanger
 from server.members import Member, ServerSession
@@ -59,7 +67,7 @@ class Attendance:
             if activated != member.activated:
                 member.activated = activated
                 self._note_return(member, "connected again")
-            if not member.absent and not member.excluded:
+            if not (member.absent or member.excluded or member.objects):
                 present.append(member)
         return present
 
@@ -93,7 +101,7 @@ class Attendance:
                 self._since = None
                 return True
             if now - started >= self._plan.deadlines.pause_s:
-                raise QuorumNotMet(f"{present} owners are there, {least} are needed")
+                raise QuorumNotMet(f"{present} owners are there, {least} are needed{self._objections()}")
             if instead is not None and instead():
                 return False
             if wanted < least:
@@ -103,6 +111,12 @@ class Attendance:
                 self._store.event("waiting", owners=present, needed=least)
                 _LOG.warning("waiting for owners: %d are there, %d are needed", present, least)
             time.sleep(_POLL_S)
+
+    def _objections(self) -> str:
+        count = sum(one.objects and not one.excluded for one in self._session.members.values())
+        if not count:
+            return ""
+        return f"; {count} refuse another's certificate: give the coordinator the newest revocation list"
 
     def leave_out(self, asked: Sequence[Member], answered: Collection[str]) -> None:
         """Leave out those of the asked members that did not answer, until they return.
@@ -122,11 +136,15 @@ class Attendance:
             _LOG.warning("%s is left out: %s", member.name, reason)
 
     def blame(self, listed: Sequence[Member], sealed: Collection[str]) -> None:
-        """Note whose missing or wrong frames made an attempt void."""
-        self.leave_out(listed, sealed)
-        for member in listed:
-            if member.fingerprint in sealed:
-                continue
+        """Note who made an attempt void: by missing or wrong frames, or by refusing a member."""
+        objecting = [one for one in listed if one.problem == CertificateRefused.code]
+        for member in objecting:
+            member.objects = True
+            self._store.event("objects", owner=member.name)
+            _LOG.warning("%s holds a member's certificate for invalid", member.name)
+        blamed = [one for one in listed if one.fingerprint not in sealed and not one.objects]
+        self.leave_out(blamed, sealed)
+        for member in blamed:
             member.voided += 1
             if member.voided > _MOST_VOIDS:
                 self.exclude(member, f"made {member.voided} sealed attempts void")

@@ -32,6 +32,8 @@ class Member:
         problem: Code of its newest refusal or fault; None once it is asked again.
         excluded: Whether it is left out of the rest of the run.
         voided: Sealed attempts that were void because of it.
+        objects: Whether it refused to seal because it holds a listed owner's certificate for invalid; it is
+            asked again when the coordinator has another revocation list.
         sealed: Training attempts for which it may have sealed: those it was asked to seal, until its
             statement says how many it did seal.
         sealed_evaluations: The same of evaluations.
@@ -56,6 +58,7 @@ class Member:
     problem: str | None = None
     excluded: bool = False
     voided: int = 0
+    objects: bool = False
     sealed: int = 0
     sealed_evaluations: int = 0
     received: int = 0
@@ -100,6 +103,7 @@ class Member:
                 "known_round": self.known_round,
                 "excluded": self.excluded,
                 "voided": self.voided,
+                "objects": self.objects,
                 "received": self.received,
                 "received_evaluations": self.received_evaluations,
             },

@@ -159,7 +159,7 @@ class Regrouping:
         return joined
 
     def _may_join(self, owner: Member | None, key: str, since: str) -> bool:
-        if owner is not None and owner.excluded:
+        if owner is not None and (owner.excluded or owner.objects):
             return False
         return not self._patience.is_over(key, since)
 

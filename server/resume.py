@@ -110,6 +110,7 @@ def _member(facts: dict[str, Any], trust: Trust) -> Member:
         known_round=int(state["known_round"]),
         excluded=bool(state["excluded"]),
         voided=int(state["voided"]),
+        objects=bool(state.get("objects", False)),
         sealed=int(facts["sealed"]),
         sealed_evaluations=int(facts["sealed_evaluations"]),
         received=int(state["received"]),

@@ -6,13 +6,9 @@ Nobody is waited for: who does not consent stays outside, and is asked again whe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 
-from cryptography import x509
-
-from crypto.certificates import check_revocations, verify_signing_certificate
 from crypto.trust import Trust
-from protocol.errors import CertificateRefused, SessionMismatch
+from protocol.errors import SessionMismatch
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 from server.exchange import Exchanger
@@ -21,6 +17,7 @@ from server.patience import Arrival, Patience
 from server.regrouping import Past, Regrouping, record_session
 from server.rounds import RoundRunner
 from server.session import Joining, wait_for_owners
+from server.standing import Standing
 from server.store import RunStore
 
 Question = tuple[str, int, frozenset[str], frozenset[Arrival]]
@@ -29,6 +26,9 @@ Question = tuple[str, int, frozenset[str], frozenset[Arrival]]
 
 class Rosters:
     """Makes a run's first roster, and later ones between two rounds where they are due.
+
+    Attributes:
+        standing: Judges members by their certificates.
 
     Args:
         exchanger: Sends requests, and knows which nodes are online.
@@ -41,12 +41,11 @@ class Rosters:
         self._exchanger = exchanger
         self._store = store
         self._plan = plan
-        self._trust = trust
+        self.standing = Standing(store, trust)
         self._patience = Patience()
         self._joining = Joining(exchanger, store, plan, trust)
         self._regrouping = Regrouping(exchanger, store, plan, self._joining, self._patience)
         self._asked: Question | None = None
-        self._expelled: tuple[x509.CertificateRevocationList, set[int]] | None = None
 
     def first(self) -> ServerSession:
         """Make a run's first roster; see `Joining.establish`."""
@@ -57,6 +56,7 @@ class Rosters:
 
     def again(self, past: Past, model: GlobalModel) -> ServerSession:
         """Make the roster of a run that stopped while it had none; errors as in `renew_if_due`."""
+        self.standing.heed_objections(past.owners.values())
         wait_for_owners(self._exchanger, self._plan)
         return self._regrouping.make(past, model, self._regrouping.next_start(past, model), {})
 
@@ -64,13 +64,17 @@ class Rosters:
         """Tell whether owners that are not in the roster could make a round possible, or larger."""
         return bool(self._waiting(runner))
 
+    def has_news(self, runner: RoundRunner) -> bool:
+        """Tell whether `renew_if_due` has something to look at: who waits, or another revocation list."""
+        return self.standing.has_another_list() or self.somebody_waits(runner)
+
     def renew_if_due(self, runner: RoundRunner, model: GlobalModel) -> None:
         """Give the run a new roster if an owner that waits consents, or a member may not stay.
 
         Raises:
             QuorumNotMet: No new roster came about, and the old one is given up; the run can be resumed.
         """
-        self._leave_out_uncertified(runner)
+        self.standing.judge(runner)
         past, waiting = Past.of(runner), self._waiting(runner)
         if not waiting and not runner.session.reduced:
             return
@@ -95,7 +99,8 @@ class Rosters:
         """Return the nodes to ask: online, not in the roster, not refused, as many as there is room for."""
         session = runner.session
         inside = {one.node_key: one for one in session.members.values()}
-        gone = {one.node_key for one in (*inside.values(), *session.left.values()) if one.excluded}
+        known = (*inside.values(), *session.left.values())
+        gone = {one.node_key for one in known if one.excluded or one.objects}
         waiting = {}
         for key, (node, since) in self._exchanger.online_by_key().items():
             member = inside.get(key)
@@ -120,43 +125,6 @@ class Rosters:
             return False
         lists = [set(facts["asked"]) for facts in self._store.attempts() if facts["asked"]]
         return any(len(owners ^ earlier) == 1 for earlier in lists)
-
-    def _leave_out_uncertified(self, runner: RoundRunner) -> None:
-        """Leave members out of the run whose certificates have expired or were revoked.
-
-        Raises:
-            CertificateRefused: The revocation list itself is not valid; nobody is left out for that.
-        """
-        check_revocations(self._trust.revocations, self._trust.authority, datetime.now(UTC))
-        for member in runner.session.members.values():
-            if not member.excluded and not self._is_certified(member):
-                runner.attendance.exclude(member, "its certificate is not valid any more")
-                runner.session.reduced = True
-
-    def expelled(self, runner: RoundRunner) -> set[int]:
-        """Return the nodes of members that were revoked; no exchange waits for them any more.
-
-        Certificates are looked at when there is another list than the last time.
-        """
-        known = self._expelled
-        try:
-            newest = self._trust.revocations
-        except CertificateRefused:
-            # it is being replaced; what it says is judged between rounds
-            return set() if known is None else known[1]
-        if known is None or known[0] is not newest:
-            members = runner.session.members.values()
-            gone = {member.node for member in members if not self._is_certified(member)}
-            self._expelled = known = newest, gone
-        return known[1]
-
-    def _is_certified(self, member: Member) -> bool:
-        trust, now = self._trust, datetime.now(UTC)
-        try:
-            verify_signing_certificate(member.joined.certificate, trust.authority, trust.revocations, now)
-        except CertificateRefused:
-            return False
-        return True
 
 
 def _question(runner: RoundRunner, waiting: Mapping[int, Arrival]) -> Question:

@@ -108,10 +108,11 @@ class SealStrategy(Strategy):
         packing = packing_for(self._plan.encryption.preset, self._plan.cohort.maximum)
         runner = RoundRunner(exchanger, self._store, self._plan, packing, session)
         runner.steps = recorded_steps(self._store)
-        exchanger.expelled = partial(self._rosters.expelled, runner)
+        exchanger.expelled = partial(self._rosters.standing.expelled, runner)
         if resumed:
             self._store.event("resumed", rounds=len(runner.steps), owners=len(session.members))
-            runner.attendance.wait(for_all=True, instead=partial(self._rosters.somebody_waits, runner))
+            self._rosters.standing.judge(runner)
+            runner.attendance.wait(for_all=True, instead=partial(self._rosters.has_news, runner))
         model = self._rounds(runner)
         self._close(exchanger, runner, model)
         with self._store.transaction():
@@ -135,7 +136,7 @@ class SealStrategy(Strategy):
             self._evaluate_if_due(runner, len(runner.steps), model)
         while len(runner.steps) < self._plan.run.rounds:
             self._rosters.renew_if_due(runner, model)
-            if not runner.attendance.wait(instead=partial(self._rosters.somebody_waits, runner)):
+            if not runner.attendance.wait(instead=partial(self._rosters.has_news, runner)):
                 continue
             attempt = self._begin(len(runner.steps) + 1, model, "train", runner.session)
             try:
@@ -174,9 +175,12 @@ class SealStrategy(Strategy):
     def _evaluate_if_due(self, runner: RoundRunner, round_number: int, model: GlobalModel) -> None:
         """Let the owners evaluate a finished round's model; where that fails the run goes on without.
 
+        Whose certificate is not valid any more is left out, while the roster stays as it is.
+
         Nothing that follows depends on the result: a run is priced as one whose length is fixed.
         """
         while self._may_evaluate(round_number):
+            self._rosters.standing.judge(runner)
             attempt = self._begin(round_number, model, "evaluate", runner.session)
             try:
                 estimate = runner.evaluate(attempt)

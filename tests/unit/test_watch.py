@@ -121,12 +121,13 @@ def test_a_run_that_is_not_there_is_refused(store: RunStore, tmp_path: Path, nam
 
 
 def test_the_terminal_says_who_is_missing_and_why() -> None:
-    console = Console(file=StringIO(), width=100)
+    console = Console(file=StringIO(), width=120)
     progress = RunProgress(console, rounds=2, protected=True)
     progress.show("absent", {"owner": "clinic", "reason": "no answer"})
     progress.show("waiting", {"owners": 2, "needed": 3})
     progress.show("returned", {"owner": "clinic", "how": "connected again"})
     progress.show("excluded", {"owner": "clinic", "reason": "made 2 sealed attempts void"})
+    progress.show("objects", {"owner": "clinic"})
     progress.show("resumed", {"rounds": 1, "owners": 3})
     progress.show("session", {"owners": 3, "members": [], "round": 1, "new": ["lab"]})
     progress.show("session", {"owners": 2, "members": [], "round": 2, "new": []})
@@ -136,6 +137,8 @@ def test_the_terminal_says_who_is_missing_and_why() -> None:
         "waiting for owners: 2 are there, 3 are needed",
         "clinic is back: connected again",
         "clinic is left out of the run: made 2 sealed attempts void",
+        "clinic holds a member's certificate for invalid: left out until the coordinator has another "
+        "revocation list",
         "going on after round 1 with the same keys",
         "from round 2 on, 3 owners agreed on keys that the coordinator cannot use; new: lab",
         "from round 3 on, 2 owners agreed on keys that the coordinator cannot use",
