@@ -57,7 +57,7 @@ def joined(federation: RealFederation) -> RunStore:
 @pytest.fixture(scope="module")
 def revoked(federation: RealFederation, joined: RunStore) -> RunStore:
     """A run of four owners, one of which is revoked behind the first round."""
-    store = federation.submit(plan_of("revoked", 6))
+    store = federation.submit(plan_of("revoked", ROUNDS // 2))
     wait_until(store.finished_rounds, 120, f"the first round; logs: {federation.logs()}")
     fresh = revoke(federation.made.folder / "pki", PASSPHRASE, [REVOKED])
     for home in (federation.home, *(owner.folder for owner in federation.made.owners)):
