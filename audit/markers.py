@@ -4,6 +4,8 @@ A marker is written in every spelling that a leak could have: the bytes of 32- a
 order, decimal text as Python and numpy print it, hexadecimal, base64 at each of its three alignments, and
 for words also UTF-16 and other cases. Binary patterns of numbers are runs of neighbouring values, at least
 eight bytes, so that a chance hit of a spelling in a gigabyte has a probability below one in ten million.
+The memory of a process with numerical libraries holds thousands of decimal numbers (5,156 were counted), so
+that decimal text needs ten digits to count: of one number, or of two neighbours that stand close together.
 
 What is searched is never opened or decompressed: a leak in compressed form would not be found.
 """
@@ -11,11 +13,12 @@ What is searched is never opened or decompressed: a leak in compressed form woul
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import urllib.parse
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -28,8 +31,11 @@ CHUNK_BYTES: Final = 4 * 1024 * 1024
 SHORTEST_BYTES: Final = 6
 """A shorter spelling would be found by chance."""
 
-SHORTEST_NUMBER: Final = 7
-"""Likewise, characters of one number as decimal text."""
+FEWEST_DIGITS: Final = 10
+"""Likewise, significant digits of decimal text."""
+
+NEAR_BYTES: Final = 24
+"""So far apart the texts of two neighbours may stand: separators, brackets, padding."""
 
 _RUN: Final = 2
 _INTEGER_RUN: Final = 4
@@ -43,10 +49,12 @@ class Marker:
     Attributes:
         name: What it is and whose, for example ``owner-1: pixels of every record``.
         spellings: The bytes that would give it away.
+        neighbours: Texts of two neighbours that give it away where the second follows the first closely.
     """
 
     name: str
     spellings: frozenset[bytes]
+    neighbours: frozenset[tuple[bytes, bytes]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -104,12 +112,35 @@ def numbers(name: str, values: NDArray[np.floating[Any]]) -> Marker:
         pairs = [run[start : start + _RUN].tobytes() for start in range(run.size - _RUN + 1)]
         spellings.update(pairs)
         spellings |= _encoded(pairs[0])
-    for value in values:
-        single = np.float32(value)
-        texts = {repr(float(value)), f"{float(value):.17g}", f"{float(value):.8f}", str(single)}
-        texts |= {f"{float(single):.17g}", np.format_float_positional(single)}
-        spellings |= {text.encode() for text in texts if len(text.lstrip("-0.")) >= SHORTEST_NUMBER}
-    return _marker(name, spellings)
+    texts = [_decimal_texts(value) for value in values]
+    spellings |= {text.encode() for listed in texts for text in listed if _digits(text) >= FEWEST_DIGITS}
+    texted = {pair for one, two in itertools.pairwise(texts) for pair in zip(one, two, strict=True)}
+    neighbours = {
+        (first.encode(), second.encode())
+        for first, second in texted
+        if _digits(first) + _digits(second) >= FEWEST_DIGITS and len(first) >= SHORTEST_BYTES
+    }
+    return replace(_marker(name, spellings), neighbours=frozenset(neighbours))
+
+
+def _decimal_texts(value: np.floating[Any]) -> list[str]:
+    """Return how Python and numpy print a number, in always the same order."""
+    double, single = float(value), np.float32(value)
+    return [
+        repr(double),
+        f"{double:.17g}",
+        f"{double:.8f}",
+        f"{double:.6f}",
+        f"{float(single):.17g}",
+        str(single),
+        np.format_float_positional(single),
+    ]
+
+
+def _digits(text: str) -> int:
+    """Return the number of significant digits of a decimal number."""
+    mantissa = text.split("e")[0].replace(".", "").lstrip("-0")
+    return len(mantissa.rstrip("0"))
 
 
 def integers(name: str, values: NDArray[np.integer[Any]]) -> Marker:
@@ -165,16 +196,18 @@ class Search:
     def __init__(self, markers: Sequence[Marker]) -> None:
         if len({marker.name for marker in markers}) < len(markers):
             raise ValueError("two markers have one name and would count as one")
-        self._by_anchor: dict[bytes, list[tuple[bytes, int, str]]] = defaultdict(list)
+        self._by_anchor: dict[bytes, list[tuple[bytes, int, bytes, str]]] = defaultdict(list)
         self._starts = np.zeros(2**16, dtype=np.bool_)
         for marker in markers:
-            for spelling in marker.spellings:
+            for spelling, second in (*((one, b"") for one in marker.spellings), *marker.neighbours):
                 offset = _anchor(spelling)
                 anchor = spelling[offset : offset + _ANCHOR]
-                self._by_anchor[anchor].append((spelling, offset, marker.name))
+                self._by_anchor[anchor].append((spelling, offset, second, marker.name))
                 self._starts[int.from_bytes(anchor[:2], "little")] = True
         self._anchors = np.sort(np.frombuffer(b"".join(self._by_anchor), dtype="<u4"))
-        self._overlap = max((len(one) for m in markers for one in m.spellings), default=1) - 1
+        lengths = [len(one) for m in markers for one in m.spellings]
+        lengths += [len(one) + NEAR_BYTES + len(second) for m in markers for one, second in m.neighbours]
+        self._overlap = max(lengths, default=1) - 1
 
     def in_bytes(self, data: bytes) -> Searched:
         """Search bytes in memory."""
@@ -235,8 +268,11 @@ class Search:
         nearest = np.minimum(np.searchsorted(self._anchors, anchors), self._anchors.size - 1)
         found = set[str]()
         for place in places[self._anchors[nearest] == anchors].tolist():
-            for spelling, offset, name in self._by_anchor[data[place : place + _ANCHOR]]:
-                if name not in found and place >= offset and data.startswith(spelling, place - offset):
+            for spelling, offset, second, name in self._by_anchor[data[place : place + _ANCHOR]]:
+                if name in found or place < offset or not data.startswith(spelling, place - offset):
+                    continue
+                end = place - offset + len(spelling)
+                if data.find(second, end, end + NEAR_BYTES + len(second)) >= 0:
                     found.add(name)
         return found
 

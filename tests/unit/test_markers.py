@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from audit import markers
 from audit.markers import Marker, Search, Searched, integers, marker_scan, numbers, secret, words
 
-VALUES = np.array([13.731058, 2.8371094, 0.7135621, 9.1827364, 5.5519283, 1.0203041])
+VALUES = np.array([13.731058217, 2.8371094613, 0.71356219284, 9.1827364519, 5.5519283746, 1.0203041526])
 LEVELS = np.array([131_071, 77_213, 400_127, 12_911, 250_003, 99_991])
 PERSON = "Wilhelmine Fahrenkrog 4f1c"
 KEY = bytes(range(7, 7 + 64))
@@ -41,7 +41,9 @@ def test_any_two_neighbours_are_found_in_each_byte_order(kind: str, start: int) 
     "text",
     [
         str(VALUES[0]),
-        repr(np.float32(VALUES[0])),
+        str([np.float32(value) for value in VALUES[:2]]),
+        f"{VALUES[2]:.8f};{VALUES[3]:.8f}",
+        f'{{"first":{VALUES[1]:.6f}, "second":{VALUES[2]:.6f}}}',
         f"array([{np.float32(VALUES[1]):.17g}, 0.1])",
         np.array2string(VALUES.astype(np.float32)),
         VALUES[:2].astype("<f8").tobytes().hex(),
@@ -49,6 +51,23 @@ def test_any_two_neighbours_are_found_in_each_byte_order(kind: str, start: int) 
 )
 def test_numbers_in_text_are_found(text: str) -> None:
     assert Search(ALL).in_bytes(text.encode()).found == {"pixels"}
+
+
+def test_a_number_with_few_digits_is_not_found_by_itself() -> None:
+    """Among thousands of decimal numbers in a process one begins like a planted one, every now and then."""
+    one, two = (str(np.float32(value)) for value in VALUES[:2])
+    search = Search(ALL)
+    assert not search.in_bytes(f"loss {one}, {VALUES[1]:.4f}, {'-' * 30} {two}".encode()).found
+    assert not search.in_bytes(f"{two}, {one}".encode()).found, "neighbours in their order"
+    some = np.random.default_rng(0).uniform(0.0, 16.0, 200_000).astype(np.float32)
+    assert not search.in_bytes("\n".join(map(str, some)).encode()).found
+
+
+@pytest.mark.parametrize("chunk", range(1, 80, 13))
+def test_neighbours_across_two_pieces_are_found(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(markers, "CHUNK_BYTES", chunk)
+    text = np.array2string(VALUES.astype(np.float32)).encode()
+    assert Search(ALL).in_stream(io.BytesIO(b"." * 50 + text)).found == {"pixels"}
 
 
 @pytest.mark.parametrize("shift", range(3))
