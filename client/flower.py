@@ -19,7 +19,7 @@ import httpx
 from flwr.app import Context, Message, RecordDict
 
 from crypto.certificates import OwnerCredentials
-from crypto.identity import ssl_key_file
+from crypto.identity import load_pair
 from crypto.trust import REVOCATIONS
 from protocol.batches import ANSWER_PATH, RECEIVE_PATH, RawMessage, fitting, join_batch, split_batch
 from protocol.errors import CertificateRefused, FlowerChanged, ServerUnavailable
@@ -80,7 +80,7 @@ def tls_context(
     coordinator once that list is stale.
 
     Raises:
-        CertificateRefused: One of the two files cannot be read.
+        CertificateRefused: One of the files cannot be read.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -90,8 +90,7 @@ def tls_context(
     except OSError:
         raise CertificateRefused("ca.crt or crl.pem cannot be read") from None
     context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_CRL_CHECK_LEAF
-    with ssl_key_file(credentials.transport_key) as (key_file, password):
-        context.load_cert_chain(certificate_file, key_file, password)
+    load_pair(context, certificate_file, credentials.transport_key)
     return context
 
 

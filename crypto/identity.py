@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import ssl
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -186,6 +187,19 @@ def ssl_key_file(private_key: ec.EllipticCurvePrivateKey) -> Iterator[tuple[str,
     finally:
         if on_disk:
             os.unlink(path)
+
+
+def load_pair(context: ssl.SSLContext, certificate: Path, private_key: ec.EllipticCurvePrivateKey) -> None:
+    """Let a TLS context show a certificate. For the owner of the key only.
+
+    Raises:
+        CertificateRefused: The certificate's file and the key cannot be loaded together.
+    """
+    with ssl_key_file(private_key) as (key_file, password):
+        try:
+            context.load_cert_chain(certificate, key_file, password)
+        except OSError:
+            raise CertificateRefused(f"{certificate.name} and its key cannot be loaded") from None
 
 
 def seal_key(path: Path, key: PrivateKeyTypes, passphrase: bytes) -> None:

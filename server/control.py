@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from crypto.auditlog import KeptLog
 from crypto.certificates import OperatorCredentials
-from crypto.identity import FILES, ssl_key_file
+from crypto.identity import FILES, load_pair
 from crypto.trust import CA_CERTIFICATE, REVOCATIONS
 from protocol.encoding import Digest, decode
 from protocol.errors import EncodingInvalid, FedsealError, RunBusy, RunFailed, RunPaused, ServerUnavailable
@@ -237,8 +237,7 @@ def _operator_context(identity: Path, credentials: OperatorCredentials) -> ssl.S
     context.load_verify_locations(identity / CA_CERTIFICATE)
     context.load_verify_locations(identity / REVOCATIONS)
     context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_CRL_CHECK_LEAF
-    with ssl_key_file(credentials.key) as (key_file, password):
-        context.load_cert_chain(identity / f"{FILES['operator']}.crt", key_file, password)
+    load_pair(context, identity / f"{FILES['operator']}.crt", credentials.key)
     return context
 
 

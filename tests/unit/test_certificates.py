@@ -37,7 +37,7 @@ from crypto.certificates import (
     fingerprint,
     verify_signing_certificate,
 )
-from crypto.identity import ssl_key_file
+from crypto.identity import load_pair, ssl_key_file
 from protocol.errors import CertificateRefused
 from tests.credentials import operator_of, owner_of, server_of
 
@@ -385,6 +385,18 @@ def test_a_lent_key_is_in_memory_encrypted_and_gone_after(
             assert other != password
     left = [os.readlink(item) for item in Path("/proc/self/fd").iterdir() if item.is_symlink()]
     assert not any("fedseal-key" in link for link in left)
+
+
+@pytest.mark.parametrize("shown", [b"", b"not a certificate", LIVE.certificate.public_bytes(Encoding.PEM)])
+def test_a_certificate_that_does_not_go_with_its_key_is_refused_by_code(
+    tmp_path: Path, shown: bytes
+) -> None:
+    """A node tries again then; an error of the TLS library ended its process."""
+    (tmp_path / "transport.crt").write_bytes(shown)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for file in (tmp_path / "transport.crt", tmp_path / "nowhere.crt"):
+        with pytest.raises(CertificateRefused, match=f"{file.name} and its key cannot be loaded"):
+            load_pair(context, file, MEMBER.transport_key)
 
 
 def test_without_memory_files_a_lent_key_is_private_encrypted_and_gone_after(
