@@ -9,7 +9,13 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from client.heads import require_held
-from client.membership import certified_member, member_keys, require_acceptable, verified_bodies
+from client.membership import (
+    member_keys,
+    require_acceptable,
+    require_certified,
+    valid_keys,
+    verified_bodies,
+)
 from client.owner import Owner
 from client.policy import admit
 from client.rounds import discard_pending
@@ -133,17 +139,16 @@ def roster(owner: Owner, state: RunState, request: RosterRequest) -> Outcome:
 
     Raises:
         RosterRefused: The roster is not acceptable, or the run is bound to another one.
-        SignatureInvalid, CertificateRefused: An entry does not verify.
+        MemberUncertified: Another owner's certificate is not valid.
+        SignatureInvalid, CertificateRefused: An entry does not verify, or this owner's own certificate.
     """
     plan = state.parsed_plan()
     if state.stage != "joined":
         raise RosterRefused("this run is bound to a roster already")
-    keys = {}
-    for reply in request.members:
-        member = certified_member(owner, reply)
-        keys[member.fingerprint] = member.public_key
-    joins = verified_bodies([reply.join for reply in request.members], keys, Join)
+    keys = valid_keys(owner, request.members)
     signers = [reply.join.signer for reply in request.members]
+    require_certified(signers, request.members, keys)
+    joins = verified_bodies([reply.join for reply in request.members], keys, Join)
     require_acceptable(owner, plan, signers)
     if state.join not in request.members:
         raise RosterRefused("this owner's join was replaced")
@@ -199,6 +204,7 @@ def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
 
     Raises:
         ProtocolViolation: A wrap is missing, was swapped, or the dealer broke its commitment.
+        MemberUncertified: Another owner's certificate is not valid any more.
         SignatureInvalid: A signed message does not verify.
         LedgerOutrun: A peer returned a head that this owner signed and its ledger does not hold.
     """
@@ -206,6 +212,7 @@ def keys(owner: Owner, state: RunState, request: KeysRequest) -> Outcome:
     if state.stage != "rostered" or state.roster_hash is None or state.hpke_secret is None:
         raise ProtocolViolation("keys are not expected now")
     public_keys = member_keys(owner, state)
+    require_certified((message.signer for message in request.wraps), state.members, public_keys)
     bodies = verified_bodies(request.wraps, public_keys, Wraps)
     if [message.signer for message in request.wraps] != [m.join.signer for m in state.members]:
         raise ProtocolViolation("the wraps are not from exactly the roster")

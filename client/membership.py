@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ from client.state import RunState
 from crypto.agreement import signed_hash
 from crypto.certificates import Member, verify_signing_certificate
 from crypto.signing import verify
-from protocol.errors import CertificateRefused, RosterRefused, SignatureInvalid
+from protocol.errors import CertificateRefused, MemberUncertified, RosterRefused, SignatureInvalid
 from protocol.messages import Body, JoinReply, Purpose, Ready, Signed
 from protocol.plan import Plan
 
@@ -35,16 +35,15 @@ def certified_member(owner: Owner, reply: JoinReply) -> Member:
     return member
 
 
-def member_keys(owner: Owner, state: RunState) -> dict[str, Ed25519PublicKey]:
-    """Return the signing keys of a session's members by fingerprint; certificates are checked again.
-
-    A member whose certificate has expired or was revoked since is left out: it is in no list any more.
+def valid_keys(owner: Owner, members: Sequence[JoinReply]) -> dict[str, Ed25519PublicKey]:
+    """Return the signing keys by fingerprint of those members whose certificates are valid now.
 
     Raises:
-        CertificateRefused: It is this owner's own, or the revocation list is not valid.
+        CertificateRefused: This owner's own is not, or the revocation list.
+        SignatureInvalid: A join names another signer.
     """
     keys = {}
-    for reply in state.members:
+    for reply in members:
         try:
             member = certified_member(owner, reply)
         except CertificateRefused:
@@ -53,6 +52,28 @@ def member_keys(owner: Owner, state: RunState) -> dict[str, Ed25519PublicKey]:
             continue
         keys[member.fingerprint] = member.public_key
     return keys
+
+
+def member_keys(owner: Owner, state: RunState) -> dict[str, Ed25519PublicKey]:
+    """Return the signing keys of a session's members by fingerprint; certificates are checked again.
+
+    A member whose certificate has expired or was revoked since is left out: it is in no list any more.
+    Errors as in `valid_keys`.
+    """
+    return valid_keys(owner, state.members)
+
+
+def require_certified(
+    signers: Iterable[str], members: Sequence[JoinReply], keys: dict[str, Ed25519PublicKey]
+) -> None:
+    """Check that no signer of a list is a member without a valid certificate.
+
+    Raises:
+        MemberUncertified: One is; the coordinator may not know yet.
+    """
+    lost = {reply.join.signer for reply in members} - keys.keys()
+    if not lost.isdisjoint(signers):
+        raise MemberUncertified("it is on the list all the same")
 
 
 def verified_bodies(
@@ -105,15 +126,11 @@ def check_round_list(owner: Owner, state: RunState, attempt: int, ready: Sequenc
     """Verify an attempt's list.
 
     Raises:
-        CertificateRefused: A listed owner's certificate has expired or was revoked.
+        MemberUncertified: A listed owner's certificate has expired or was revoked.
         RosterRefused: The list is not acceptable to this owner, or mixes attempts, purposes or models.
     """
     plan, keys = state.parsed_plan(), member_keys(owner, state)
-    lost = {reply.join.signer for reply in state.members} - keys.keys()
-    if not lost.isdisjoint(message.signer for message in ready):
-        raise CertificateRefused(
-            "that of a listed owner is not valid any more; the coordinator may not know yet"
-        )
+    require_certified((message.signer for message in ready), state.members, keys)
     bodies = verified_bodies(ready, keys, Ready)
     require_acceptable(owner, plan, [message.signer for message in ready])
     said = {(body.session, body.attempt, body.purpose, body.model_hash) for body in bodies}

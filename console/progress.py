@@ -77,8 +77,14 @@ class RunProgress:
         self._warn(f"{facts['owner']} is left out of the run: {facts['reason']}")
 
     def _show_objects(self, facts: dict[str, Any]) -> None:
-        remedy = "left out until the coordinator has another revocation list"
-        self._warn(f"{facts['owner']} holds a member's certificate for invalid: {remedy}")
+        self._warn(
+            f"{facts['owner']} refuses another's certificate, and is left out until there is news of it"
+        )
+
+    def _show_awaiting_list(self, facts: dict[str, Any]) -> None:
+        self._warn(
+            f"waiting up to {facts['seconds']:.0f} s for the newest revocation list (fedseal home crl)"
+        )
 
     def _show_returned(self, facts: dict[str, Any]) -> None:
         self._show_step({"text": f"{facts['owner']} is back: {facts['how']}"})

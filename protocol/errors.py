@@ -223,6 +223,18 @@ class CertificateRefused(FedsealError):
     exit_code = 5
 
 
+class MemberUncertified(FedsealError):
+    """Another owner's certificate is not valid, as this owner knows."""
+
+    code = "FS-CERT-03"
+    what = "Another owner's certificate is not valid."
+    remedy = (
+        "Give the coordinator the newest revocation list (fedseal home crl); the run goes on without that "
+        "owner."
+    )
+    exit_code = 5
+
+
 class SecretUnavailable(FedsealError):
     """A secret cannot be decrypted, or its file is readable by others."""
 

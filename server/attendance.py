@@ -4,7 +4,7 @@ An owner that did not answer is left out until it shows that it is there again: 
 its late answer comes in. An owner because of which a sealed attempt was void cost everybody a paid round:
 the second time it is left out of the whole run, as is one that signed a sum that a quorum contradicts.
 An owner that seals for nobody beside a member whose certificate it holds for invalid is not to blame: its
-revocation list may be newer than the coordinator's, with whose next one it is asked again.
+revocation list may be newer than the coordinator's (`server.standing`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Sequence
 
 from protocol.errors import (
     BudgetExhausted,
-    CertificateRefused,
     LedgerConflict,
+    MemberUncertified,
     ModelMismatch,
     QuorumNotMet,
 )
@@ -48,8 +48,11 @@ class Attendance:
         self._session = session
         self._since: float | None = None
 
-    def present(self) -> list[Member]:
+    def present(self, *, objecting: bool = False) -> list[Member]:
         """Return the members to ask: those that are online and not left out.
+
+        Args:
+            objecting: Also those that would not go on beside a member.
 
         Members are found by the transport keys of their nodes, because a coordinator that was restarted
         gives the nodes new ids. A wrong match would be harmless: nodes refuse requests of sessions
@@ -67,7 +70,7 @@ class Attendance:
             if activated != member.activated:
                 member.activated = activated
                 self._note_return(member, "connected again")
-            if not (member.absent or member.excluded or member.objects):
+            if not (member.absent or member.excluded or (member.objects and not objecting)):
                 present.append(member)
         return present
 
@@ -137,11 +140,9 @@ class Attendance:
 
     def blame(self, listed: Sequence[Member], sealed: Collection[str]) -> None:
         """Note who made an attempt void: by missing or wrong frames, or by refusing a member."""
-        objecting = [one for one in listed if one.problem == CertificateRefused.code]
-        for member in objecting:
-            member.objects = True
-            self._store.event("objects", owner=member.name)
-            _LOG.warning("%s holds a member's certificate for invalid", member.name)
+        for member in listed:
+            if member.problem == MemberUncertified.code:
+                note_objection(self._store, member)
         blamed = [one for one in listed if one.fingerprint not in sealed and not one.objects]
         self.leave_out(blamed, sealed)
         for member in blamed:
@@ -151,9 +152,7 @@ class Attendance:
 
     def exclude(self, member: Member, reason: str) -> None:
         """Leave a member out of the rest of the run."""
-        member.excluded = True
-        self._store.event("excluded", owner=member.name, reason=reason)
-        _LOG.warning("%s is left out of the run: %s", member.name, reason)
+        exclude(self._store, member, reason)
 
     def can_go_on(self) -> bool:
         """Tell whether enough members may have privacy budget left for a further round."""
@@ -169,3 +168,17 @@ class Attendance:
         if member.problem == LedgerConflict.code:
             return member.sealed >= self._plan.paid_rounds
         return member.problem == BudgetExhausted.code
+
+
+def exclude(store: RunStore, member: Member, reason: str) -> None:
+    """Leave an owner out of the rest of a run."""
+    member.excluded = True
+    store.event("excluded", owner=member.name, reason=reason)
+    _LOG.warning("%s is left out of the run: %s", member.name, reason)
+
+
+def note_objection(store: RunStore, member: Member) -> None:
+    """Ask an owner that would not go on beside another no more before there is news of certificates."""
+    member.objects = True
+    store.event("objects", owner=member.name)
+    _LOG.warning("%s holds another's certificate for invalid", member.name)

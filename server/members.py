@@ -32,8 +32,9 @@ class Member:
         problem: Code of its newest refusal or fault; None once it is asked again.
         excluded: Whether it is left out of the rest of the run.
         voided: Sealed attempts that were void because of it.
-        objects: Whether it refused to seal because it holds a listed owner's certificate for invalid; it is
-            asked again when the coordinator has another revocation list.
+        objects: Whether it refused to go on beside an owner whose certificate it holds for invalid; it is
+            asked again when the coordinator has another revocation list, or finds the same.
+        unfounded: Times in a row that it did so and the coordinator found nothing.
         sealed: Training attempts for which it may have sealed: those it was asked to seal, until its
             statement says how many it did seal.
         sealed_evaluations: The same of evaluations.
@@ -59,6 +60,7 @@ class Member:
     excluded: bool = False
     voided: int = 0
     objects: bool = False
+    unfounded: int = 0
     sealed: int = 0
     sealed_evaluations: int = 0
     received: int = 0
@@ -104,6 +106,7 @@ class Member:
                 "excluded": self.excluded,
                 "voided": self.voided,
                 "objects": self.objects,
+                "unfounded": self.unfounded,
                 "received": self.received,
                 "received_evaluations": self.received_evaluations,
             },

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from protocol.errors import ModelMismatch, QuorumNotMet, SessionMismatch
+from protocol.errors import (
+    CertificateRefused,
+    MemberUncertified,
+    ModelMismatch,
+    QuorumNotMet,
+    SessionMismatch,
+)
 from protocol.messages import Join, JoinRequest, Signed, Stage, Start
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
+from server.attendance import note_objection
 from server.exchange import Exchanger, Request
 from server.members import Member, ServerSession
 from server.patience import Patience
 from server.rounds import RoundRunner
 from server.session import TRIES, Joining
+from server.standing import Standing
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")
@@ -59,16 +68,24 @@ class Regrouping:
         plan: The resolved plan.
         joining: Runs the joining exchanges.
         patience: Knows whom not to ask.
+        standing: Judges owners by their certificates.
     """
 
     def __init__(
-        self, exchanger: Exchanger, store: RunStore, plan: Plan, joining: Joining, patience: Patience
+        self,
+        exchanger: Exchanger,
+        store: RunStore,
+        plan: Plan,
+        joining: Joining,
+        patience: Patience,
+        standing: Standing,
     ) -> None:
         self._exchanger = exchanger
         self._store = store
         self._plan = plan
         self._joining = joining
         self._patience = patience
+        self._standing = standing
         self._sums = (range(0), b"")
         self._model = ("", b"")
 
@@ -79,8 +96,7 @@ class Regrouping:
         requests = dict.fromkeys(nodes, self._with_model(past, start, model))
         joined = self._joining.joined(past.run, requests, start)
         self._patience.note(self._exchanger, self._joining)
-        out = {name for name, owner in past.owners.items() if owner.excluded}
-        return {name: member for name, member in joined.items() if name not in out}
+        return _without(joined, past)
 
     def next_start(self, past: Past, model: GlobalModel) -> Start:
         """Return where a new roster starts; its number is recorded before anybody hears of it."""
@@ -111,11 +127,27 @@ class Regrouping:
                 session = self._joining.agreed(past.run, members)
                 if session is not None:
                     return self._entered(past, start, session, members)
+            self._note_objections(past, members)
             newcomers = [member for name, member in members.items() if name not in before]
             self._patience.suspect(newcomers, self._joining)
             self._patience.note(self._exchanger, self._joining)
+            self._standing.wait_for_news(past.owners.values(), self._plan.deadlines.pause_s)
+            with suppress(CertificateRefused):
+                self._standing.judge(past.owners.values())
             start, joined = self.next_start(past, model), {}
         raise QuorumNotMet(f"joining failed {TRIES} times")
+
+    def _note_objections(self, past: Past, members: Mapping[str, Member]) -> None:
+        """Blame nobody for a roster in which an owner of the run refused another's certificate."""
+        failed, objecting = self._joining.failed, False
+        for name, member in members.items():
+            if failed.get(member.node) == MemberUncertified.code and name in past.owners:
+                owner = past.owners[name]
+                note_objection(self._store, owner)
+                self._store.put_owner(name, owner.facts())
+                objecting = True
+        if objecting:
+            self._joining.forget()
 
     def _entered(self, past: Past, start: Start, session: str, members: dict[str, Member]) -> ServerSession:
         new = [member.name for name, member in members.items() if name not in past.owners]
@@ -155,6 +187,7 @@ class Regrouping:
             for node in lost:
                 del failed[node]
             joined |= self._joining.joined(past.run, again, start)
+        joined = _without(joined, past)
         past.following |= set(joined)
         return joined
 
@@ -213,6 +246,12 @@ class Regrouping:
                 f"{vouching} of the owners that are there know the model by themselves, "
                 f"{self._plan.encryption.quorum} are needed"
             )
+
+
+def _without(joined: Mapping[str, Member], past: Past) -> dict[str, Member]:
+    """Return who joined, less those that are out or object, by whichever node they came."""
+    out = {name for name, owner in past.owners.items() if owner.excluded or owner.objects}
+    return {name: member for name, member in joined.items() if name not in out}
 
 
 def record_session(store: RunStore, session: ServerSession, new: list[str]) -> None:

@@ -111,6 +111,7 @@ def _member(facts: dict[str, Any], trust: Trust) -> Member:
         excluded=bool(state["excluded"]),
         voided=int(state["voided"]),
         objects=bool(state.get("objects", False)),
+        unfounded=int(state.get("unfounded", 0)),
         sealed=int(facts["sealed"]),
         sealed_evaluations=int(facts["sealed_evaluations"]),
         received=int(state["received"]),

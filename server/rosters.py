@@ -44,7 +44,7 @@ class Rosters:
         self.standing = Standing(store, trust)
         self._patience = Patience()
         self._joining = Joining(exchanger, store, plan, trust)
-        self._regrouping = Regrouping(exchanger, store, plan, self._joining, self._patience)
+        self._regrouping = Regrouping(exchanger, store, plan, self._joining, self._patience, self.standing)
         self._asked: Question | None = None
 
     def first(self) -> ServerSession:
@@ -56,7 +56,7 @@ class Rosters:
 
     def again(self, past: Past, model: GlobalModel) -> ServerSession:
         """Make the roster of a run that stopped while it had none; errors as in `renew_if_due`."""
-        self.standing.heed_objections(past.owners.values())
+        self.standing.judge(past.owners.values())
         wait_for_owners(self._exchanger, self._plan)
         return self._regrouping.make(past, model, self._regrouping.next_start(past, model), {})
 
@@ -66,7 +66,21 @@ class Rosters:
 
     def has_news(self, runner: RoundRunner) -> bool:
         """Tell whether `renew_if_due` has something to look at: who waits, or another revocation list."""
-        return self.standing.has_another_list() or self.somebody_waits(runner)
+        return self.standing.has_news(_owners(runner)) or self.somebody_waits(runner)
+
+    def judge(self, runner: RoundRunner) -> None:
+        """Leave out whose certificate is not valid any more; see `Standing.judge`."""
+        lost = self.standing.judge(_owners(runner))
+        members = runner.session.members
+        runner.session.reduced |= any(owner.fingerprint in members for owner in lost)
+
+    def expelled(self, runner: RoundRunner) -> set[int]:
+        """Return the nodes of members that were revoked; see `Standing.expelled`."""
+        return self.standing.expelled(runner.session.members.values())
+
+    def wait_for_news(self, runner: RoundRunner) -> None:
+        """Wait for another revocation list where an owner objects to a member; see `Standing`."""
+        self.standing.wait_for_news(_owners(runner), self._plan.deadlines.pause_s)
 
     def renew_if_due(self, runner: RoundRunner, model: GlobalModel) -> None:
         """Give the run a new roster if an owner that waits consents, or a member may not stay.
@@ -74,7 +88,7 @@ class Rosters:
         Raises:
             QuorumNotMet: No new roster came about, and the old one is given up; the run can be resumed.
         """
-        self.standing.judge(runner)
+        self.judge(runner)
         past, waiting = Past.of(runner), self._waiting(runner)
         if not waiting and not runner.session.reduced:
             return
@@ -99,8 +113,7 @@ class Rosters:
         """Return the nodes to ask: online, not in the roster, not refused, as many as there is room for."""
         session = runner.session
         inside = {one.node_key: one for one in session.members.values()}
-        known = (*inside.values(), *session.left.values())
-        gone = {one.node_key for one in known if one.excluded or one.objects}
+        gone = {one.node_key for one in _owners(runner) if one.excluded or one.objects}
         waiting = {}
         for key, (node, since) in self._exchanger.online_by_key().items():
             member = inside.get(key)
@@ -125,6 +138,10 @@ class Rosters:
             return False
         lists = [set(facts["asked"]) for facts in self._store.attempts() if facts["asked"]]
         return any(len(owners ^ earlier) == 1 for earlier in lists)
+
+
+def _owners(runner: RoundRunner) -> list[Member]:
+    return [*runner.session.members.values(), *runner.session.left.values()]
 
 
 def _question(runner: RoundRunner, waiting: Mapping[int, Arrival]) -> Question:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from crypto.presets import packing_for
 from crypto.signing import verify
 from crypto.trust import Trust
 from protocol.errors import (
+    CertificateRefused,
     FedsealError,
     ProtocolViolation,
     RunFailed,
@@ -108,10 +110,10 @@ class SealStrategy(Strategy):
         packing = packing_for(self._plan.encryption.preset, self._plan.cohort.maximum)
         runner = RoundRunner(exchanger, self._store, self._plan, packing, session)
         runner.steps = recorded_steps(self._store)
-        exchanger.expelled = partial(self._rosters.standing.expelled, runner)
+        exchanger.expelled = partial(self._rosters.expelled, runner)
         if resumed:
             self._store.event("resumed", rounds=len(runner.steps), owners=len(session.members))
-            self._rosters.standing.judge(runner)
+            self._rosters.judge(runner)
             runner.attendance.wait(for_all=True, instead=partial(self._rosters.has_news, runner))
         model = self._rounds(runner)
         self._close(exchanger, runner, model)
@@ -145,6 +147,7 @@ class SealStrategy(Strategy):
                 self._void(attempt, runner.session, error)
                 self._require_hope(runner, error)
                 time.sleep(_RETRY_PAUSE_S)
+                self._rosters.wait_for_news(runner)
                 continue
             runner.steps.append(attempt.openings)
             self._finish(attempt, model, runner.session)
@@ -180,7 +183,11 @@ class SealStrategy(Strategy):
         Nothing that follows depends on the result: a run is priced as one whose length is fixed.
         """
         while self._may_evaluate(round_number):
-            self._rosters.standing.judge(runner)
+            try:
+                self._rosters.judge(runner)
+            except CertificateRefused:
+                # it is judged again before the next round
+                return
             attempt = self._begin(round_number, model, "evaluate", runner.session)
             try:
                 estimate = runner.evaluate(attempt)
@@ -259,7 +266,9 @@ class SealStrategy(Strategy):
         model: GlobalModel,
     ) -> None:
         session, requests = runner.session, {}
-        for member in runner.attendance.present():
+        with suppress(CertificateRefused):
+            self._rosters.judge(runner)
+        for member in runner.attendance.present(objecting=True):
             sums = b"".join(
                 self._store.sums(number) for number in range(member.known_round + 1, len(runner.steps) + 1)
             )

@@ -212,7 +212,7 @@ def test_a_member_of_another_authority_is_refused(run: HostileRun) -> None:
     members = sorted([*run.joins.values(), foreign], key=lambda reply: reply.join.signer)
     request = run.roster_request().model_copy(update={"members": members})
     with nothing_released(run):
-        assert run.federation.refused(VICTIM, "query.roster", request) == "FS-CERT-01"
+        assert run.federation.refused(VICTIM, "query.roster", request) == "FS-CERT-03"
 
 
 def test_a_foreign_key_under_a_members_certificate_is_refused(run: HostileRun) -> None:

@@ -128,6 +128,7 @@ def test_the_terminal_says_who_is_missing_and_why() -> None:
     progress.show("returned", {"owner": "clinic", "how": "connected again"})
     progress.show("excluded", {"owner": "clinic", "reason": "made 2 sealed attempts void"})
     progress.show("objects", {"owner": "clinic"})
+    progress.show("awaiting_list", {"seconds": 60.0})
     progress.show("resumed", {"rounds": 1, "owners": 3})
     progress.show("session", {"owners": 3, "members": [], "round": 1, "new": ["lab"]})
     progress.show("session", {"owners": 2, "members": [], "round": 2, "new": []})
@@ -137,8 +138,8 @@ def test_the_terminal_says_who_is_missing_and_why() -> None:
         "waiting for owners: 2 are there, 3 are needed",
         "clinic is back: connected again",
         "clinic is left out of the run: made 2 sealed attempts void",
-        "clinic holds a member's certificate for invalid: left out until the coordinator has another "
-        "revocation list",
+        "clinic refuses another's certificate, and is left out until there is news of it",
+        "waiting up to 60 s for the newest revocation list (fedseal home crl)",
         "going on after round 1 with the same keys",
         "from round 2 on, 3 owners agreed on keys that the coordinator cannot use; new: lab",
         "from round 3 on, 2 owners agreed on keys that the coordinator cannot use",
