@@ -14,22 +14,21 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from crypto.presets import packing_for
-from crypto.signing import verify
 from crypto.trust import Trust
 from protocol.errors import (
     CertificateRefused,
     FedsealError,
-    ProtocolViolation,
     RunFailed,
     RunInterrupted,
 )
 from protocol.evaluation import Estimate, run_epsilon
-from protocol.messages import CloseReply, CloseRequest, Purpose, Statement
+from protocol.messages import Purpose
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 from server.attempts import Attempt
-from server.exchange import Exchanger, Reply, Request
-from server.members import Member, ServerSession
+from server.closing import close_run
+from server.exchange import Exchanger
+from server.members import ServerSession
 from server.resume import recorded_model, recorded_past, recorded_session, recorded_steps
 from server.rosters import Rosters
 from server.rounds import RoundRunner
@@ -116,7 +115,9 @@ class SealStrategy(Strategy):
             self._rosters.judge(runner)
             runner.attendance.wait(for_all=True, instead=partial(self._rosters.has_news, runner))
         model = self._rounds(runner)
-        self._close(exchanger, runner, model)
+        with suppress(CertificateRefused):
+            self._rosters.judge(runner)
+        close_run(exchanger, self._store, self._plan, runner, model)
         with self._store.transaction():
             self._store.set("state", "finished")
             self._store.set("finished_at", now_text())
@@ -258,49 +259,6 @@ class SealStrategy(Strategy):
                 upload_bytes=attempt.upload_bytes,
                 download_bytes=attempt.download_bytes,
             )
-
-    def _close(
-        self,
-        exchanger: Exchanger,
-        runner: RoundRunner,
-        model: GlobalModel,
-    ) -> None:
-        session, requests = runner.session, {}
-        with suppress(CertificateRefused):
-            self._rosters.judge(runner)
-        for member in runner.attendance.present(objecting=True):
-            sums = b"".join(
-                self._store.sums(number) for number in range(member.known_round + 1, len(runner.steps) + 1)
-            )
-            message = CloseRequest(
-                session=session.session,
-                model_hash=model.sha256(),
-                steps=runner.steps[member.known_round :],
-            )
-            requests[member.node] = Request(message.to_bytes(), sums)
-        sessions = [stage["session"] for stage in self._store.get("sessions")]
-        expected = (session.session, sessions, self._plan.sha256(), model.sha256())
-        # a closing that is repeated after a crash must be the same to the byte
-        self._record_members(session)
-        for reply in exchanger.ask("query.close", requests, self._plan.deadlines.open_s):
-            member = session.by_node(reply.node)
-            try:
-                self._record_statement(member, reply, expected)
-            except FedsealError as error:
-                self._store.refuse(member.fingerprint, "query.close", error.code)
-
-    def _record_statement(
-        self, member: Member, reply: Reply, expected: tuple[str, list[str], str, str]
-    ) -> None:
-        if reply.code is not None:
-            self._store.refuse(member.fingerprint, "query.close", reply.code)
-            return
-        signed = CloseReply.from_bytes(reply.body).statement
-        body = verify(signed, member.public_key, Statement)
-        if (body.session, body.sessions, body.plan_hash, body.model_hash) != expected:
-            raise ProtocolViolation("a statement is about other sessions, another plan or model")
-        member.note_statement(signed, body)
-        self._store.put_owner(member.fingerprint, member.facts())
 
     def _record_members(self, session: ServerSession) -> None:
         for member in session.members.values():
