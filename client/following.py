@@ -9,7 +9,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
-from client.membership import member_keys, verified_bodies
+from client.membership import member_keys, uncertified, verified_bodies
 from client.owner import Owner
 from client.state import RunState
 from crypto.packing import mean_update
@@ -77,7 +77,7 @@ def _agreed(
     sums: bytes,
 ) -> Opening:
     # who opened and has lost its certificate since counts no more; the others may still be a quorum
-    lost = {reply.join.signer for reply in state.members} - keys.keys()
+    lost = uncertified(state.members, keys)
     bodies = verified_bodies([one for one in openings if one.signer not in lost], keys, Opening)
     if len(bodies) < plan.encryption.quorum or any(body != bodies[0] for body in bodies):
         raise ProtocolViolation("fewer than a quorum of openers agree")

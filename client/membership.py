@@ -63,6 +63,11 @@ def member_keys(owner: Owner, state: RunState) -> dict[str, Ed25519PublicKey]:
     return valid_keys(owner, state.members)
 
 
+def uncertified(members: Sequence[JoinReply], keys: dict[str, Ed25519PublicKey]) -> set[str]:
+    """Return the members that `valid_keys` left out."""
+    return {reply.join.signer for reply in members} - keys.keys()
+
+
 def require_certified(
     signers: Iterable[str], members: Sequence[JoinReply], keys: dict[str, Ed25519PublicKey]
 ) -> None:
@@ -71,8 +76,7 @@ def require_certified(
     Raises:
         MemberUncertified: One is; the coordinator may not know yet.
     """
-    lost = {reply.join.signer for reply in members} - keys.keys()
-    if not lost.isdisjoint(signers):
+    if not uncertified(members, keys).isdisjoint(signers):
         raise MemberUncertified("it is on the list all the same")
 
 

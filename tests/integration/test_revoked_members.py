@@ -157,23 +157,19 @@ def test_a_list_that_is_older_than_that_of_owners_makes_a_roster_fail_and_the_ne
 ) -> None:
     """Two are revoked, one after the other; the coordinator gets both lists while its run waits."""
     made = scene(5, deadlines={"pause_s": 30.0})
-    first, both = (REVOKED,), (REVOKED, 4)
 
-    def all_owners() -> None:
-        old = (made.folder / "pki" / "crl.pem").read_bytes()
-        tell(made, 0, 1, 2, gone=both)
+    def two_lists() -> None:
+        tell(made)
+        older = (made.folder / "pki" / "crl.pem").read_bytes()
+        tell(made, 0, 1, 2, gone=(REVOKED, 4))
         on_event(
             monkeypatch,
             "awaiting_list",
-            lambda: bring(made, old),
-            lambda: tell(made, coordinator=True, gone=both),
+            lambda: bring(made, older),
+            lambda: tell(made, coordinator=True, gone=(REVOKED, 4)),
         )
 
-    def both_lists() -> None:
-        tell(made, gone=first)
-        all_owners()
-
-    before(made, monkeypatch, "train.seal", 3, both_lists)
+    before(made, monkeypatch, "train.seal", 3, two_lists)
     made.run(monkeypatch, {})
     assert made.contributors() == [[0, 1, 2, 3, 4]] * 2 + [[0, 1, 2]] * 2
     assert [one["owners"] for one in made.sessions()] == [5, 3]
@@ -201,7 +197,8 @@ def test_who_objected_and_was_right_too_late_closes_its_run_all_the_same(
 def test_a_list_that_has_lapsed_ends_no_run_that_is_only_to_be_evaluated_and_closed(
     scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = scene(3)
+    evaluation = {"every": 1, "target_epsilon": 1.0, "delta": 1e-7, "holdout_share": 0.3}
+    made = scene(3, evaluation=evaluation)
 
     def lapse(_round: int) -> None:
         def lapsed(*_: Any) -> None:
@@ -210,6 +207,7 @@ def test_a_list_that_has_lapsed_ends_no_run_that_is_only_to_be_evaluated_and_clo
         monkeypatch.setattr(standing, "check_revocations", lapsed)
 
     made.run(monkeypatch, {ROUNDS: lapse})
+    assert [one["round"] for one in events(made, "evaluation")] == [*range(1, ROUNDS)]
     assert made.store.get("state") == "finished"
     assert not events(made, "excluded")
 
