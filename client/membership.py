@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from client.owner import Owner
 from client.state import RunState
 from crypto.agreement import signed_hash
-from crypto.certificates import Member, verify_signing_certificate
+from crypto.certificates import CertificateVerifier
 from crypto.signing import verify
 from protocol.errors import CertificateRefused, MemberUncertified, RosterRefused, SignatureInvalid
 from protocol.messages import Body, JoinReply, Purpose, Ready, Signed
@@ -20,36 +20,24 @@ from protocol.plan import Plan
 B = TypeVar("B", bound=Body)
 
 
-def certified_member(owner: Owner, reply: JoinReply) -> Member:
-    """Verify the certificate of a roster entry and that its join is signed by that certificate's key.
-
-    Raises:
-        CertificateRefused: Not a valid member of this owner's authority.
-        SignatureInvalid: The join names another signer.
-    """
-    member = verify_signing_certificate(
-        reply.certificate, owner.trust.authority, owner.trust.revocations, datetime.now(UTC)
-    )
-    if reply.join.signer != member.fingerprint:
-        raise SignatureInvalid("a join is not signed by the certified key")
-    return member
-
-
 def valid_keys(owner: Owner, members: Sequence[JoinReply]) -> dict[str, Ed25519PublicKey]:
     """Return the signing keys by fingerprint of those members whose certificates are valid now.
 
     Raises:
-        CertificateRefused: This owner's own is not, or the revocation list.
-        SignatureInvalid: A join names another signer.
+        CertificateRefused: This owner's own is not, or its authority or revocation list.
+        SignatureInvalid: A join names another signer than its certificate.
     """
-    keys = {}
+    trust, keys = owner.trust, {}
+    verifier = CertificateVerifier(trust.authority, trust.revocations, datetime.now(UTC))
     for reply in members:
         try:
-            member = certified_member(owner, reply)
+            member = verifier.member(reply.certificate)
         except CertificateRefused:
             if reply.join.signer == owner.fingerprint:
                 raise
             continue
+        if reply.join.signer != member.fingerprint:
+            raise SignatureInvalid("a join is not signed by the certified key")
         keys[member.fingerprint] = member.public_key
     return keys
 

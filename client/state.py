@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from pydantic import Field
 
 from client.ledger_files import create_private
 from crypto.vault import StorageBox
-from protocol.encoding import Blob, Digest, decode, encode
-from protocol.errors import SessionMismatch
+from protocol.encoding import Blob, Digest, decode, digest_bytes, encode, parse
+from protocol.errors import SecretUnavailable, SessionMismatch
 from protocol.messages import Count, Fingerprint, JoinReply, LedgerHead, Message, Signed, Start
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
@@ -29,6 +29,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     run TEXT PRIMARY KEY, session TEXT UNIQUE, state BLOB NOT NULL
 );
+CREATE TABLE IF NOT EXISTS members (run TEXT PRIMARY KEY, content BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS models (
     run TEXT NOT NULL, vector INTEGER NOT NULL, part INTEGER NOT NULL, content BLOB NOT NULL,
     PRIMARY KEY (run, vector, part)
@@ -147,6 +148,14 @@ class Outcome:
     lasting: bool = True
 
 
+class _KeptMembers(NamedTuple):
+    """What the members' row of a run holds; it is longer than all else together, and rarely changes."""
+
+    run: str
+    members: list[JoinReply]
+    digest: str
+
+
 class StateStore:
     """SQLite store of `RunState` rows and answers.
 
@@ -160,6 +169,9 @@ class StateStore:
         self._box = box
         # the newest state of the run at hand, by its sealed bytes: opening and parsing it takes long
         self._newest: tuple[bytes, RunState] | None = None
+        self._members: _KeptMembers | None = None
+        # sequence of the head that is kept of each owner, as far as it was looked up
+        self._sequences: dict[str, int] = {}
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         # rows are models and frames of megabytes, which take half the time in larger pages
         self._database.execute("PRAGMA page_size=16384")
@@ -256,8 +268,11 @@ class StateStore:
         Answers of earlier attempts are dropped: the coordinator cannot need them any more. Of each signer
         in `heads`, the message with the highest ledger head is kept.
         """
-        sealed = self._box.seal(encode(state.model_dump(mode="json")), b"state/" + state.run.encode())
+        fields = state.model_dump(mode="json", exclude={"members"})
         with self._transaction():
+            # bound by its digest: an older members' row beside a newer state does not open
+            fields["members"] = self._write_members(state)
+            sealed = self._box.seal(encode(fields), b"state/" + state.run.encode())
             self._database.execute(
                 "INSERT INTO runs (run, session, state) VALUES (?, ?, ?) "
                 "ON CONFLICT (run) DO UPDATE SET session = excluded.session, state = excluded.state",
@@ -323,14 +338,44 @@ class StateStore:
                 sealed = self._box.seal(message.to_bytes(), b"shown/" + head.encode())
                 self._database.execute("INSERT OR IGNORE INTO shown VALUES (?, ?)", (head, sealed))
 
+    def _write_members(self, state: RunState) -> str:
+        """Write the members' row, unless it holds this very list; return the digest of its content.
+
+        A list of members is never changed: a state that has others has another list.
+        """
+        known = self._members
+        if known is None or known.run != state.run or known.members is not state.members:
+            content = encode([member.model_dump(mode="json") for member in state.members])
+            known = _KeptMembers(state.run, state.members, digest_bytes(content))
+            self._database.execute(
+                "INSERT OR REPLACE INTO members VALUES (?, ?)",
+                (state.run, self._box.seal(content, b"members/" + state.run.encode())),
+            )
+            self._members = known
+        return known.digest
+
+    def _read_members(self, run: str, digest: str) -> Any:
+        row = self._database.execute("SELECT content FROM members WHERE run = ?", (run,)).fetchone()
+        content = self._box.open(b"" if row is None else row[0], b"members/" + run.encode())
+        if digest_bytes(content) != digest:
+            raise SecretUnavailable("the stored members are not those of the stored state")
+        return parse(content, _STATE_LIMIT_BYTES)
+
     def _keep_highest(self, messages: Sequence[Signed]) -> None:
         for message in messages:
-            known = self.heads([message.signer]).get(message.signer)
-            if known is None or LedgerHead.of(known).sequence < LedgerHead.of(message).sequence:
+            sequence = LedgerHead.of(message).sequence
+            if self._kept_sequence(message.signer) < sequence:
                 sealed = self._box.seal(message.to_bytes(), b"heads/" + message.signer.encode())
                 self._database.execute(
                     "INSERT OR REPLACE INTO heads VALUES (?, ?)", (message.signer, sealed)
                 )
+                self._sequences[message.signer] = sequence
+
+    def _kept_sequence(self, owner: str) -> int:
+        if owner not in self._sequences:
+            known = self.heads([owner]).get(owner)
+            self._sequences[owner] = -1 if known is None else LedgerHead.of(known).sequence
+        return self._sequences[owner]
 
     def _open_message(self, sealed: bytes, label: str) -> Signed:
         return Signed.from_bytes(self._box.open(sealed, label.encode()))
@@ -339,7 +384,13 @@ class StateStore:
         if self._newest is not None and (self._newest[0], self._newest[1].run) == (sealed, run):
             return self._newest[1]
         plain = self._box.open(sealed, b"state/" + run.encode())
-        state = RunState.from_fields(decode(plain, _STATE_LIMIT_BYTES))
+        fields = decode(plain, _STATE_LIMIT_BYTES)
+        digest = fields["members"]
+        if isinstance(digest, str):  # earlier versions kept the members in the state itself
+            fields["members"] = self._read_members(run, digest)
+        state = RunState.from_fields(fields)
+        if isinstance(digest, str):
+            self._members = _KeptMembers(run, state.members, digest)
         self._newest = (sealed, state)
         return state
 
@@ -350,6 +401,8 @@ class StateStore:
             yield
         except BaseException:
             self._database.execute("ROLLBACK")
+            self._sequences.clear()
+            self._members = None
             raise
         self._database.execute("COMMIT")
 

@@ -7,6 +7,7 @@ touches a file. Source: RFC 5280.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from dataclasses import dataclass, field
@@ -119,19 +120,7 @@ def verify_signing_certificate(
     Raises:
         CertificateRefused: Names the first condition that fails, and nothing of the certificate.
     """
-    if len(der) > MAX_CERTIFICATE_BYTES:
-        raise CertificateRefused("the certificate is too long")
-    try:
-        certificate = parsed_certificate(der)
-        public_key = certificate.public_key()
-    except Exception:  # Hostile bytes raise a dozen types in the parser; each of them is a refusal.
-        raise CertificateRefused("the bytes are not a certificate") from None
-    check_certificate(certificate, "owner-signing", authority, revocations, now)
-    if not isinstance(public_key, Ed25519PublicKey):
-        raise CertificateRefused("the key of a signing certificate must be Ed25519")
-    name = common_name(certificate.subject)
-    check_owner_name(name)
-    return Member(name, fingerprint(public_key), public_key, certificate.not_valid_after_utc)
+    return CertificateVerifier(authority, revocations, now).member(der)
 
 
 def check_certificate(
@@ -146,19 +135,75 @@ def check_certificate(
     Raises:
         CertificateRefused: Names the first condition that fails, and nothing of the certificate.
     """
-    if role_of(authority) != "authority":
-        raise CertificateRefused("the trusted certificate is not an authority's")
-    try:
-        verify_issued(certificate, authority)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        raise CertificateRefused("the certificate is not issued by this authority") from None
-    _check_dates(authority, now, "authority's certificate")
-    _check_dates(certificate, now, "certificate")
-    _check_use(certificate, role)
-    if revocations is not None:
-        check_revocations(revocations, authority, now)
-        if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None:
+    CertificateVerifier(authority, revocations, now).check(certificate, role)
+
+
+class CertificateVerifier:
+    """Decides about any number of certificates, by one authority and one list, at one moment.
+
+    Args:
+        authority: The authority that this party trusts, from its own files.
+        revocations: The authority's list; None as in `verify_signing_certificate`.
+        now: The present, with a time zone. Make a new verifier for every occasion.
+
+    Raises:
+        CertificateRefused: The authority or its list cannot be relied on now.
+    """
+
+    def __init__(
+        self,
+        authority: x509.Certificate,
+        revocations: x509.CertificateRevocationList | None,
+        now: datetime,
+    ) -> None:
+        if role_of(authority) != "authority":
+            raise CertificateRefused("the trusted certificate is not an authority's")
+        _check_dates(authority, now, "authority's certificate")
+        if revocations is not None:
+            check_revocations(revocations, authority, now)
+        self._authority, self._revocations, self._now = authority, revocations, now
+
+    def member(self, der: bytes) -> Member:
+        """Return whom a signing certificate names; see `verify_signing_certificate`.
+
+        Raises:
+            CertificateRefused: Names the first condition that fails, and nothing of the certificate.
+        """
+        if len(der) > MAX_CERTIFICATE_BYTES:
+            raise CertificateRefused("the certificate is too long")
+        try:
+            certificate = parsed_certificate(der)
+            certificate.public_key()
+        except Exception:  # Hostile bytes raise a dozen types in the parser; each of them is a refusal.
+            raise CertificateRefused("the bytes are not a certificate") from None
+        self.check(certificate, "owner-signing")
+        return _named_member(certificate)
+
+    def check(self, certificate: x509.Certificate, role: LeafRole) -> None:
+        """Return if a certificate may be relied on for a role; errors as in `member`."""
+        try:
+            verify_issued(certificate, self._authority)
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+            raise CertificateRefused("the certificate is not issued by this authority") from None
+        _check_dates(certificate, self._now, "certificate")
+        _check_use(certificate, role)
+        serial = certificate.serial_number
+        if (
+            self._revocations is not None
+            and self._revocations.get_revoked_certificate_by_serial_number(serial) is not None
+        ):
             raise CertificateRefused("the certificate is revoked")
+
+
+@functools.lru_cache(maxsize=2048)
+def _named_member(certificate: x509.Certificate) -> Member:
+    """Return whom a signing certificate names; the certificate itself was checked."""
+    public_key = certificate.public_key()
+    if not isinstance(public_key, Ed25519PublicKey):
+        raise CertificateRefused("the key of a signing certificate must be Ed25519")
+    name = common_name(certificate.subject)
+    check_owner_name(name)
+    return Member(name, fingerprint(public_key), public_key, certificate.not_valid_after_utc)
 
 
 def check_key_type(role: LeafRole, key: object) -> None:
@@ -187,6 +232,7 @@ def fingerprint(public_key: Ed25519PublicKey) -> str:
     return key_sha256(public_key)
 
 
+@functools.lru_cache(maxsize=4096)
 def role_of(certificate: x509.Certificate) -> Role:
     """Return what a certificate is for, by its extensions; `unknown` if it is not one of fedseal's."""
     try:
@@ -243,6 +289,7 @@ def _check_dates(certificate: x509.Certificate, now: datetime, what: str) -> Non
         raise CertificateRefused(f"the {what} has expired")
 
 
+@functools.lru_cache(maxsize=4096)
 def _check_use(certificate: x509.Certificate, role: LeafRole) -> None:
     if role_of(certificate) != role:
         wanted = "signing" if role == "owner-signing" else f"the role {role}"

@@ -13,6 +13,7 @@ own making in length and in every fixed byte (`crypto.layouts`).
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import tempfile
@@ -308,8 +309,11 @@ def serialized(body: bytes) -> bytes:
     return SEAL_HEADER.pack(_SEAL_MAGIC, size, *_SEAL_VERSION, _NO_COMPRESSION, 0, size + len(body)) + body
 
 
+@functools.lru_cache(maxsize=8)
 def build_context(packing: Packing) -> seal.SEALContext:
-    """Return SEAL's context for a packing.
+    """Return SEAL's context for a packing: the same object each time, which nothing can change.
+
+    It holds the parameters' tables and no key. Building it takes longer than encrypting a frame.
 
     Raises:
         EncryptionUnavailable: SEAL builds other moduli, or gives a lower security level.

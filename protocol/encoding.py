@@ -23,6 +23,8 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 32
 """Deepest nesting that `decode` accepts."""
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
 
 def encode(value: Any) -> bytes:
     """Return the canonical bytes of a JSON value.
@@ -34,7 +36,7 @@ def encode(value: Any) -> bytes:
         EncodingInvalid: The value has NaN, infinity, half a surrogate pair, or a type outside JSON.
     """
     try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        text = _CANONICAL.encode(value)
         if "\\ud" in text:
             # half of a surrogate pair is no text: it fails here, not where somebody writes it down
             json.dumps(value, ensure_ascii=False).encode()
@@ -53,6 +55,22 @@ def decode(data: bytes, limit_bytes: int = MAX_BODY_BYTES) -> Any:
     Raises:
         EncodingInvalid: Too long, not JSON, nested too deeply, or not canonical.
     """
+    value = parse(data, limit_bytes)
+    if encode(value) != data:
+        raise EncodingInvalid("the message is not in its canonical spelling")
+    return value
+
+
+def parse(data: bytes, limit_bytes: int = MAX_BODY_BYTES) -> Any:
+    """Parse bytes of a peer, for a caller that compares the encoding of the outcome with them.
+
+    Args:
+        data: Bytes as received.
+        limit_bytes: Longest accepted input.
+
+    Raises:
+        EncodingInvalid: Too long, not JSON, or nested too deeply.
+    """
     if len(data) > limit_bytes:
         raise EncodingInvalid(f"the message is longer than {limit_bytes} bytes")
     try:
@@ -61,8 +79,6 @@ def decode(data: bytes, limit_bytes: int = MAX_BODY_BYTES) -> Any:
         raise EncodingInvalid("the message is not JSON") from error
     if _depth_exceeds(value, MAX_DEPTH):
         raise EncodingInvalid("the message is nested too deeply")
-    if encode(value) != data:
-        raise EncodingInvalid("the message is not in its canonical spelling")
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from protocol.encoding import Blob, Digest, decode, encode
+from protocol.encoding import Blob, Digest, encode, parse
 from protocol.errors import EncodingInvalid
 from protocol.plan import first_problem
 
@@ -40,7 +40,8 @@ class Message(BaseModel):
         Raises:
             EncodingInvalid: Not canonical, or not a message of this type.
         """
-        return cls.from_fields(decode(data))
+        # what encodes to the received bytes is canonical, so that they need not be compared twice
+        return cls.from_encoded(parse(data), data)
 
     @classmethod
     def from_fields(cls, fields: Any) -> Self:
@@ -49,12 +50,26 @@ class Message(BaseModel):
         Raises:
             EncodingInvalid: Not a message of this type, or not spelled as this type writes it.
         """
+        return cls.from_encoded(fields, encode(fields))
+
+    @classmethod
+    def from_encoded(cls, fields: Any, data: bytes) -> Self:
+        """Validate a value whose canonical bytes are at hand; see `from_fields`.
+
+        Args:
+            fields: An already decoded value.
+            data: What `encode` returns for it.
+
+        Raises:
+            EncodingInvalid: Not a message of this type, or not spelled as this type writes it.
+        """
         try:
             message = cls.model_validate(fields)
         except ValidationError as error:
             raise EncodingInvalid(first_problem(error)) from None
-        # Literal fields take what equals them, such as true for 1, and float fields take integers.
-        if message.to_bytes() != encode(fields):
+        # Literal fields take what equals them, such as true for 1, float fields take integers, and what
+        # is left out may have a default.
+        if message.to_bytes() != data:
             raise EncodingInvalid("a field is not spelled as its type writes it")
         return message
 

@@ -7,7 +7,9 @@ import secrets
 import shutil
 import sqlite3
 import struct
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ import server.strategy
 from client import contribution, rounds
 from client.following import opened_mean
 from client.owner import STATE, _storage_key, open_owner
-from client.state import StateStore
+from client.state import Answer, StateStore
 from crypto.presets import packing_for
 from crypto.trust import load_trust
 from crypto.vault import StorageBox
+from protocol.encoding import encode
 from protocol.errors import SecretUnavailable
 from protocol.optimizers import apply_update
 from protocol.plan import Plan
@@ -142,6 +145,82 @@ def test_a_state_that_stands_under_another_run_is_refused(homes: Homes, plan: Pl
     with pytest.raises(SecretUnavailable):
         store.find(names[0])
     store._database.execute(write, (kept[0], names[0]))
+
+
+def test_members_of_another_moment_beside_a_state_are_refused(
+    homes: Homes, plan: Plan, tmp_path: Path
+) -> None:
+    """Whoever writes to the disk of a stopped node puts the members' row of another state back."""
+    run = three(homes, plan)
+    run.join()
+    early = content_of_members(run)
+    run.roster()
+    state, late = run.state(0), content_of_members(run)
+    assert state.members
+    assert early != late
+    for row, opens in ((late, True), (early, False), (late[:-1] + bytes([late[-1] ^ 1]), False), (None, False)):
+        with copied(homes, 0, tmp_path) as store:
+            if row is None:
+                store._database.execute("DELETE FROM members")
+            else:
+                store._database.execute("UPDATE members SET content = ? WHERE run = ?", (row, run.run))
+            if opens:
+                assert store.find(run.run) == state
+            else:
+                with pytest.raises(SecretUnavailable):
+                    store.find(run.run)
+
+
+def content_of_members(run: HostileRun) -> bytes:
+    rows = "SELECT content FROM members WHERE run = ?"
+    return bytes(run.owner(0).store._database.execute(rows, (run.run,)).fetchone()[0])
+
+
+@contextmanager
+def copied(homes: Homes, index: int, folder: Path) -> Iterator[StateStore]:
+    """Open a copy of an owner's database, as after a restart."""
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    with sqlite3.connect(homes.folders[index] / STATE) as origin:
+        origin.execute("VACUUM INTO ?", (str(folder / STATE),))
+    box = StorageBox(_storage_key(homes.folders[index], homes.passphrases[index]))
+    store = StateStore(folder / STATE, box)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def test_a_state_of_an_earlier_version_opens_and_is_kept_in_two_rows(
+    homes: Homes, plan: Plan, tmp_path: Path
+) -> None:
+    run = three(homes, plan).established()
+    state, context = run.state(0), b"state/" + run.run.encode()
+    with copied(homes, 0, tmp_path) as store:
+        old = store._box.seal(encode(state.model_dump(mode="json")), context)
+        store._database.execute("UPDATE runs SET state = ? WHERE run = ?", (old, run.run))
+        store._database.execute("DELETE FROM members")
+        assert store.find(run.run) == state
+        store.save(state)
+        assert store._database.execute("SELECT COUNT(*) FROM members").fetchone() == (1,)
+        assert store.find(run.run) == state
+        store._newest = None  # as after a restart
+        assert store.find(run.run) == state
+
+
+def test_members_that_were_not_written_are_written_the_next_time(
+    homes: Homes, plan: Plan, tmp_path: Path
+) -> None:
+    run = three(homes, plan).established()
+    with copied(homes, 0, tmp_path) as store:
+        state = store.find(run.run)
+        assert state is not None
+        fewer = state.with_changes(members=state.members[:2])
+        unfit: Any = Answer(object(), b"")  # type: ignore[arg-type]
+        with pytest.raises(sqlite3.Error):
+            store.save(fewer, request="r", answer=unfit)
+        store.save(fewer)
+        store._newest = None
+        assert store.find(run.run) == fewer
 
 
 def test_an_unsealed_update_is_nowhere_on_disk(homes: Homes, plan: Plan) -> None:
