@@ -1,6 +1,8 @@
 # Every target makes what it needs first: the environment in .venv, with the pinned packages.
 
 OUT ?= demo-out
+OWNERS ?= 1000
+ROUNDS ?= 100
 VENV := .venv
 STAMP := $(VENV)/installed.stamp
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ IS_DEMO = grep -qs 'fedseal demo authority' "$$OUT/pki/issued.jsonl"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-long check bench clean
+.PHONY: help install demo test test-long load check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +43,10 @@ test: $(STAMP) ## Run the tests, except the long ones
 
 test-long: $(STAMP) ## Run all tests, the long ones too
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+load: $(STAMP) ## Run OWNERS owners (1000) for ROUNDS rounds (100) on this machine; takes hours
+	FEDSEAL_LOAD_OWNERS=$(OWNERS) FEDSEAL_LOAD_ROUNDS=$(ROUNDS) \
+	  $(BIN)/python -m pytest -s tests/load/test_many_owners.py
 
 check: $(STAMP) ## Check style, types and the installed packages
 	$(BIN)/ruff check
