@@ -158,7 +158,8 @@ def test_members_of_another_moment_beside_a_state_are_refused(
     state, late = run.state(0), content_of_members(run)
     assert state.members
     assert early != late
-    for row, opens in ((late, True), (early, False), (late[:-1] + bytes([late[-1] ^ 1]), False), (None, False)):
+    changed = late[:-1] + bytes([late[-1] ^ 1])
+    for row, opens in ((late, True), (early, False), (changed, False), (None, False)):
         with copied(homes, 0, tmp_path) as store:
             if row is None:
                 store._database.execute("DELETE FROM members")
