@@ -132,14 +132,16 @@ def seal(owner: Owner, state: RunState, request: SealRequest) -> Outcome:
         RosterRefused: The list is not acceptable.
         ModelMismatch, ProtocolViolation: The list is for another model or purpose.
     """
-    sealing, heads = owner.sealing.get(state.run), list[Signed]()
+    session, sealing, heads = state.keyed_session(), owner.sealing.get(state.run), list[Signed]()
     pending = owner.pending.get(state.run)
     if pending is None or pending.attempt != request.attempt:
         raise AttemptRefused("there is no unsealed update for this attempt")
     listed = check_round_list(owner, state, request.attempt, request.ready)
     if sealing is None:
+        # the heads in the joins are kept with the first attempt that the session seals
+        joins = [] if session in state.sealed_in else [member.join for member in state.members]
         sealing, state = _begin(owner, state, request, listed, pending)
-        heads = [*(member.join for member in state.members), *request.ready]
+        heads = [*joins, *request.ready]
     if sealing.list_hash != listed.sha256 or request.part >= len(sealing.parts):
         raise AttemptRefused("this update is sealed for another list, or has no such part")
     if len(sealing.parts) > 1 and sealing.done == 0:

@@ -2,8 +2,8 @@
 
 Every owner of a round verifies the same list and the same signatures. On machines of their own that is
 what makes them safe; in one process it is the same computation a thousand times. Here equal bytes are
-parsed once and equal signatures verified once in each process. All else, an owner does for itself: keys,
-wraps, masks, noise, training, encryption, its ledger and its database.
+parsed once, equal signatures verified once, and one list of a round checked once, in each process. All else
+an owner does for itself: keys, wraps, masks, noise, training, encryption, its ledger and its database.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 
+import client.membership
 import crypto.signing
 import protocol.messages
 from client.app import make_app
-from client.owner import open_owner
+from client.owner import Owner, open_owner
 from protocol.encoding import digest_bytes
 from protocol.records import from_record, to_record
 from scenarios.federation import OwnerHome
@@ -124,5 +125,20 @@ def _do_equal_work_once() -> None:
             parsed[name] = message
         return parsed[name]
 
+    def once_for_a_list(name: str) -> None:
+        """Remember the newest outcome for the same list object, which owners share that parsed it once."""
+        check, newest = getattr(client.membership, name), list[Any]()
+
+        def checked_once(*arguments: Any) -> Any:
+            # the owner is left out of what must agree: all of them trust one authority and one list
+            same = [one for one in arguments if not isinstance(one, Owner)]
+            if not newest or any(one is not other for one, other in zip(same, newest[0], strict=True)):
+                newest[:] = [same, check(*arguments)]
+            return newest[1]
+
+        setattr(client.membership, name, checked_once)
+
+    for name in ("valid_keys", "verified_bodies", "signed_hash"):
+        once_for_a_list(name)
     crypto.signing.verify_bytes = verify_once
     protocol.messages.Message.from_bytes = classmethod(parse_once)  # type: ignore[assignment, method-assign]
