@@ -10,13 +10,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from real_federation import PASSPHRASE
 from scene import ROUNDS, Scene
 
-from client import membership, rounds
+from client import rounds
 from client.owner import Owner
-from crypto import certificates
+from crypto.certificates import CertificateVerifier, Member
 from crypto.pki import revoke
 from crypto.trust import replace_revocations
 from protocol.errors import CertificateRefused, MemberUncertified, QuorumNotMet
-from server import session, standing
+from server import standing
 from server.app import run_plan
 from server.store import RunStore
 
@@ -138,15 +138,14 @@ def test_a_certificate_that_expires_in_the_middle_of_a_round(
     """There is no other list; the coordinator sees for itself."""
     made, expired = scene(4), list[bool]()
     certificate = made.owner(REVOKED).credentials.signing_certificate.public_bytes(Encoding.DER)
-    verify = certificates.verify_signing_certificate
+    verify = CertificateVerifier.member
 
-    def verified(given: bytes, *rest: Any) -> certificates.Member:
+    def verified(verifier: CertificateVerifier, given: bytes) -> Member:
         if expired and given == certificate:
             raise CertificateRefused("the certificate has expired")
-        return verify(given, *rest)
+        return verify(verifier, given)
 
-    for module in (membership, session, standing):
-        monkeypatch.setattr(module, "verify_signing_certificate", verified)
+    monkeypatch.setattr(CertificateVerifier, "member", verified)
     before(made, monkeypatch, "train.seal", 3, lambda: expired.append(True))
     made.run(monkeypatch, {})
     check_went_on(made, voids=1)
