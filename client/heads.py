@@ -20,7 +20,7 @@ from pathlib import Path
 from client.ledger import Adoption
 from client.owner import IDENTITY, Owner, open_ledger, open_store, read_policy
 from client.spending import Totals
-from client.state import StateStore
+from client.store import StateStore
 from crypto.certificates import fingerprint
 from crypto.identity import load_owner
 from crypto.signing import signed_head

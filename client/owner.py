@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from client.holdout import Holdout
 from client.ledger import Adoption, Ledger
 from client.policy import Policy
-from client.state import StateStore
+from client.store import StateStore
 from crypto.certificates import OwnerCredentials, common_name, fingerprint
 from crypto.identity import load_owner
 from crypto.sealing import RunningSum

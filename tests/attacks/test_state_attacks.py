@@ -23,7 +23,8 @@ import server.strategy
 from client import contribution, rounds
 from client.following import opened_mean
 from client.owner import STATE, _storage_key, open_owner
-from client.state import Answer, StateStore
+from client.state import Answer
+from client.store import StateStore
 from crypto.presets import packing_for
 from crypto.trust import load_trust
 from crypto.vault import StorageBox

@@ -14,7 +14,7 @@ FRAMES_BYTES = 10_000
 
 def _sealed(setter: Setter, fault: Fault) -> dict[str, bool]:
     """Return a note that says whether the second attempt's update was sealed, and nothing since."""
-    from client.state import StateStore
+    from client.store import StateStore
 
     note = {"sealed": False}
 

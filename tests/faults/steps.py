@@ -159,7 +159,7 @@ def owner_steps(is_victim: Callable[[Any], bool]) -> dict[str, Callable[[], Patc
         is_victim: Tells whether a state store or a ledger is that of the owner that dies.
     """
     from client.ledger import Ledger
-    from client.state import StateStore
+    from client.store import StateStore
 
     def state(when: Callable[[Any], bool], *, after: bool) -> Patch:
         return at(

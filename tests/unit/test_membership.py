@@ -332,5 +332,12 @@ def test_a_dear_plan_is_attacked_with_unprotected_shadow_models(plan: Plan, publ
 
 @pytest.mark.parametrize("module", ["audit.membership", "audit.inversion"])
 def test_attacks_have_no_way_to_an_owners_records_or_budget(module: str) -> None:
-    ways = {"client.owner", "client.ledger", "client.spending", "client.policy", "client.state"}
+    ways = {
+        "client.owner",
+        "client.ledger",
+        "client.spending",
+        "client.policy",
+        "client.state",
+        "client.store",
+    }
     assert not loaded(module) & ways
