@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from client.ledger_files import create_private
 from client.state import Answer, RunState
 from crypto.vault import StorageBox
-from protocol.encoding import decode, digest_bytes, encode, parse
+from protocol.encoding import decode, digest_bytes, encode
 from protocol.errors import SecretUnavailable, SessionMismatch
 from protocol.messages import JoinReply, LedgerHead, Signed
 from protocol.optimizers import GlobalModel
@@ -256,7 +256,7 @@ class StateStore:
         content = self._box.open(b"" if row is None else row[0], b"members/" + run.encode())
         if digest_bytes(content) != digest:
             raise SecretUnavailable("the stored members are not those of the stored state")
-        return parse(content, _STATE_LIMIT_BYTES)
+        return decode(content, _STATE_LIMIT_BYTES)
 
     def _keep_highest(self, messages: Sequence[Signed]) -> None:
         for message in messages:
@@ -296,12 +296,14 @@ class StateStore:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._database.execute("COMMIT")
         except BaseException:
-            self._database.execute("ROLLBACK")
+            # what is remembered may not be in the file; SQLite has ended some failed transactions itself
             self._sequences.clear()
             self._members = None
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
             raise
-        self._database.execute("COMMIT")
 
 
 def _model_label(run: str, vector: int, part: int) -> bytes:

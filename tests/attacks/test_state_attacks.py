@@ -23,7 +23,6 @@ import server.strategy
 from client import contribution, rounds
 from client.following import opened_mean
 from client.owner import STATE, _storage_key, open_owner
-from client.state import Answer
 from client.store import StateStore
 from crypto.presets import packing_for
 from crypto.trust import load_trust
@@ -207,22 +206,6 @@ def test_a_state_of_an_earlier_version_opens_and_is_kept_in_two_rows(
         assert store.find(run.run) == state
         store._newest = None  # as after a restart
         assert store.find(run.run) == state
-
-
-def test_members_that_were_not_written_are_written_the_next_time(
-    homes: Homes, plan: Plan, tmp_path: Path
-) -> None:
-    run = three(homes, plan).established()
-    with copied(homes, 0, tmp_path) as store:
-        state = store.find(run.run)
-        assert state is not None
-        fewer = state.with_changes(members=state.members[:2])
-        unfit: Any = Answer(object(), b"")  # type: ignore[arg-type]
-        with pytest.raises(sqlite3.Error):
-            store.save(fewer, request="r", answer=unfit)
-        store.save(fewer)
-        store._newest = None
-        assert store.find(run.run) == fewer
 
 
 def test_an_unsealed_update_is_nowhere_on_disk(homes: Homes, plan: Plan) -> None:
