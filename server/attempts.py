@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from crypto.agreement import signed_hash
 from protocol.encoding import digest_bytes
 from protocol.messages import Purpose, Signed
 
@@ -44,6 +46,11 @@ class Attempt:
     openings: list[Signed] = field(default_factory=list)
     sums: bytes = b""
     asked: list[str] = field(default_factory=list)
+
+    @cached_property
+    def list_hash(self) -> str:
+        """Hash of the list; `ready` does not change once there is one."""
+        return signed_hash(self.ready)
 
     def facts(self, *, accuracy: float | None = None, reason: str | None = None) -> dict[str, Any]:
         """Return what the run store records of this attempt.

@@ -197,7 +197,7 @@ class OpeningExchange:
             session=self._session.session,
             attempt=attempt.number,
             purpose=attempt.purpose,
-            list_hash=signed_hash(attempt.ready),
+            list_hash=attempt.list_hash,
             headers_hash=signed_hash(attempt.headers),
             model_hash=attempt.model_hash,
             contributors=len(attempt.headers),

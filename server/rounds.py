@@ -12,7 +12,6 @@ from functools import partial
 
 import numpy as np
 
-from crypto.agreement import signed_hash
 from crypto.frames import SealContext
 from crypto.packing import mean_update
 from crypto.presets import Packing
@@ -187,7 +186,6 @@ class RoundRunner:
             for part in range(len(gathering.parts))
         ]
         self._note_asked(attempt, listed)
-        list_hash = signed_hash(attempt.ready)
         sealed: dict[str, Signed] = {}
         for reply in self._exchanger.ask(
             "train.seal",
@@ -197,7 +195,7 @@ class RoundRunner:
             member = self.session.by_node(reply.node)
             if member.problem is not None:
                 continue
-            take = partial(self._take_part, attempt, list_hash, member, gathering, parameters)
+            take = partial(self._take_part, attempt, member, gathering, parameters)
             signed = self._checks.checked(member, reply, take)
             if signed is None:
                 continue
@@ -221,13 +219,7 @@ class RoundRunner:
             self._store.void_attempt(attempt.number, attempt.purpose, attempt.round, facts)
 
     def _take_part(
-        self,
-        attempt: Attempt,
-        list_hash: str,
-        member: Member,
-        gathering: Gathering,
-        parameters: int,
-        reply: Reply,
+        self, attempt: Attempt, member: Member, gathering: Gathering, parameters: int, reply: Reply
     ) -> Signed | None:
         """Keep a part of an owner's frames; returns its header once all of them are there."""
         signed, owner = SealReply.from_bytes(reply.body).header, member.fingerprint
@@ -243,11 +235,9 @@ class RoundRunner:
         gathering.received_bytes[owner] = gathering.received_bytes.get(owner, 0) + size
         if not gathering.is_complete(owner):
             return None
-        return self._header(attempt, list_hash, member, gathering, parameters)
+        return self._header(attempt, member, gathering, parameters)
 
-    def _header(
-        self, attempt: Attempt, list_hash: str, member: Member, gathering: Gathering, parameters: int
-    ) -> Signed:
+    def _header(self, attempt: Attempt, member: Member, gathering: Gathering, parameters: int) -> Signed:
         signed = gathering.headers[member.fingerprint]
         expected = Header(
             version=1,
@@ -255,7 +245,7 @@ class RoundRunner:
             attempt=attempt.number,
             purpose=attempt.purpose,
             preset_hash=self._packing.sha256(),
-            list_hash=list_hash,
+            list_hash=attempt.list_hash,
             model_hash=attempt.model_hash,
             parameters=parameters,
             frames=self._packing.frames_for(parameters),

@@ -420,10 +420,10 @@ def test_a_void_evaluation_is_tried_again_without_whom_it_failed(
     """An owner's counts are lost after all had sealed: the masks of the others do not cancel."""
     original = RoundRunner._header
 
-    def lossy(runner: RoundRunner, attempt: Any, list_hash: str, member: Any, *rest: Any) -> Signed:
+    def lossy(runner: RoundRunner, attempt: Any, member: Any, parameters: int, reply: Reply) -> Signed:
         if attempt.purpose == "evaluate" and member.name == "owner-1":
             raise FrameInvalid("lost on the way")
-        return original(runner, attempt, list_hash, member, *rest)
+        return original(runner, attempt, member, parameters, reply)
 
     monkeypatch.setattr(RoundRunner, "_header", lossy)
     four.run()
