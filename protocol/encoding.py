@@ -55,22 +55,6 @@ def decode(data: bytes, limit_bytes: int = MAX_BODY_BYTES) -> Any:
     Raises:
         EncodingInvalid: Too long, not JSON, nested too deeply, or not canonical.
     """
-    value = parse(data, limit_bytes)
-    if encode(value) != data:
-        raise EncodingInvalid("the message is not in its canonical spelling")
-    return value
-
-
-def parse(data: bytes, limit_bytes: int = MAX_BODY_BYTES) -> Any:
-    """Parse bytes of a peer, for a caller that compares the encoding of the outcome with them.
-
-    Args:
-        data: Bytes as received.
-        limit_bytes: Longest accepted input.
-
-    Raises:
-        EncodingInvalid: Too long, not JSON, or nested too deeply.
-    """
     if len(data) > limit_bytes:
         raise EncodingInvalid(f"the message is longer than {limit_bytes} bytes")
     try:
@@ -79,6 +63,8 @@ def parse(data: bytes, limit_bytes: int = MAX_BODY_BYTES) -> Any:
         raise EncodingInvalid("the message is not JSON") from error
     if _depth_exceeds(value, MAX_DEPTH):
         raise EncodingInvalid("the message is nested too deeply")
+    if encode(value) != data:
+        raise EncodingInvalid("the message is not in its canonical spelling")
     return value
 
 

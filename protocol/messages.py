@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from protocol.encoding import Blob, Digest, encode, parse
+from protocol.encoding import Blob, Digest, decode, encode
 from protocol.errors import EncodingInvalid
 from protocol.plan import first_problem
 
@@ -40,8 +40,7 @@ class Message(BaseModel):
         Raises:
             EncodingInvalid: Not canonical, or not a message of this type.
         """
-        # what encodes to the received bytes is canonical, so that they need not be compared twice
-        return cls.from_encoded(parse(data), data)
+        return cls.from_encoded(decode(data), data)
 
     @classmethod
     def from_fields(cls, fields: Any) -> Self:

@@ -1,13 +1,16 @@
 """A message is what its type says, in one spelling, or it is refused."""
 
 import inspect
+import json
 from typing import Any, get_origin
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from protocol import messages
-from protocol.encoding import encode
+from protocol.encoding import decode, encode
 from protocol.errors import EncodingInvalid
 from protocol.messages import (
     Body,
@@ -227,3 +230,36 @@ def test_the_examples_cover_every_signed_body() -> None:
     covered = {type(message) for message in EXAMPLES}
     assert {kind for kind in message_types() if issubclass(kind, Body)} <= covered
     assert get_origin(Signed.model_fields["body"].annotation) is dict
+
+
+SPELLINGS = (
+    ("", ""),
+    (",", ", "),
+    (".0", ".00"),
+    (".0", ""),
+    ("e+", "E+"),
+    ("1", "01"),
+    ("\\u", "\\U"),
+    ("null", "NaN"),
+    ("true", "1"),
+    ('"kind":"join"', '"kind":"other","kind":"join"'),
+    ('"signature":""', '"signature":"AA"'),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@example(body={"": {"\U00014000": None}}, change=("1", "01"))
+@given(body=st.dictionaries(st.text(), JSON, max_size=3), change=st.sampled_from(SPELLINGS))
+def test_what_a_message_takes_is_canonical(body: dict[str, Any], change: tuple[str, str]) -> None:
+    """Whatever a peer writes, it is refused by code or has one spelling; half a surrogate pair has none."""
+    signed = {"body": body, "kind": "join", "signature": "", "signer": "a" * 64}
+    text = json.dumps(signed, sort_keys=True, separators=(",", ":")).replace(*change)
+    try:
+        message = Signed.from_bytes(text.encode())
+    except EncodingInvalid:
+        return
+    assert encode(decode(text.encode())) == text.encode() == message.to_bytes()
