@@ -1,15 +1,21 @@
-"""Made-up owners for loads, and gauges of memory and open files."""
+"""Made-up owners for loads, gauges of memory and open files, and a run that is watched by one."""
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from crypto.trust import load_trust
 from protocol.plan import Plan
 from scenarios.federation import Federation, PolicySettings, make_federation
+from scenarios.grid import LocalGrid
+from server.app import run_plan
+from server.store import RunStore
 from tasks.partition import digits
 
 SLOPE_KIB = 1_000_000 / 1024
@@ -86,3 +92,42 @@ class Gauge:
         )
         assert slope < SLOPE_KIB
         assert max(files) - min(files) <= files_each * per
+
+
+def run_watched(
+    grid: LocalGrid,
+    made: Federation,
+    plan: Plan,
+    folder: Path,
+    gauge: Gauge,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Carry out a run in this process; every owner must be in every round, and nothing may go wrong."""
+    store = RunStore(folder)
+    store.set("plan", plan.fields())
+    store.set("plan_hash", plan.sha256())
+    finish, started = store.finish_round, time.monotonic()
+
+    def finished(*arguments: object) -> None:
+        finish(*arguments)  # type: ignore[arg-type]
+        gc.collect()
+        gauge.note()
+        print(
+            f"round {len(gauge.memory)} ended at {time.monotonic() - started:.0f} s: "
+            f"{gauge.memory[-1] // 1024} MiB, {gauge.files[-1]} files",
+            flush=True,
+        )
+
+    monkeypatch.setattr(store, "finish_round", finished)
+    run_plan(grid, store, load_trust(made.server_home / "identity"))
+    check_faultless(store, plan)
+    gauge.check()
+    store.close()
+
+
+def check_faultless(store: RunStore, plan: Plan) -> None:
+    assert store.get("state") == "finished", store.get("problem")
+    owners = [len(facts["contributors"]) for facts in store.rounds()]
+    assert owners == [plan.cohort.maximum] * plan.run.rounds
+    assert store.refusals() == []
+    assert not [facts for facts in store.attempts() if facts["void"]]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 import client.membership
@@ -32,22 +33,37 @@ from scenarios.grid import LocalGrid
 
 _KEPT_MESSAGES = 4
 _KEPT_SIGNATURES = 8_192
-_FORKED = multiprocessing.get_context("fork")
+_PATIENCE_S = 60.0
+_CONTEXT = multiprocessing.get_context("spawn")
+"""A forked process would hold its siblings' connections open, and never hear that its user is gone."""
 
 
-class OwnersProcess:
-    """A process that holds open owners and answers for them.
+class OwnersProcess(ClientApp):
+    """A process that holds open owners and answers for them; it ends with its user.
 
     Args:
         homes: Their homes, by node id.
     """
 
     def __init__(self, homes: Mapping[int, OwnerHome]) -> None:
-        self._connection, theirs = _FORKED.Pipe()
-        self._process = _FORKED.Process(target=_serve, args=(theirs, homes))
+        super().__init__()
+        self._connection, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_serve, args=(theirs, homes))
         self._process.start()
         theirs.close()
         self._lock = threading.Lock()
+
+    def __enter__(self) -> OwnersProcess:
+        """Use it in a `with` statement."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(_PATIENCE_S)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
 
     @property
     def pid(self) -> int:
@@ -59,14 +75,9 @@ class OwnersProcess:
         """Return when all owners are open."""
         assert self._connection.recv_bytes() == b"open"
 
-    def close(self) -> None:
-        """End the process; a closed connection would not, for the next process has its other end too."""
-        self._connection.send_bytes(b"")
-        self._process.join(60)
-        assert self._process.exitcode == 0
-
-    def __call__(self, message: Message, _context: Context) -> Message:
+    def __call__(self, message: Message, context: Context) -> Message:
         """Deliver a message to its owner, as a node's app would."""
+        del context
         to = {"node": message.metadata.dst_node_id, "kind": message.metadata.message_type}
         with self._lock:
             for part in (json.dumps(to).encode(), *from_record(message.content)):
@@ -86,8 +97,12 @@ def _serve(connection: Connection, homes: Mapping[int, OwnerHome]) -> None:
         {node: make_app(lambda _context, owner=owner: owner) for node, owner in owners.items()}
     )
     connection.send_bytes(b"open")
-    while head := connection.recv_bytes():
-        to, body, blob = json.loads(head), connection.recv_bytes(), connection.recv_bytes()
+    while True:
+        try:
+            head, body, blob = (connection.recv_bytes() for _ in range(3))
+        except EOFError:
+            break
+        to = json.loads(head)
         message = Message(to_record(body, blob), dst_node_id=to["node"], message_type=to["kind"])
         (reply,) = grid.send_and_receive([message])
         code, answer = "", (b"", b"")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -14,17 +13,14 @@ import torch
 
 from client.app import make_app
 from client.owner import open_owner
-from crypto.trust import load_trust
 from scenarios.demo import wait_for_coordinator
 from scenarios.grid import LocalGrid
 from scenarios.process_meter import all_usages, with_descendants
 from scenarios.processes import Processes
-from server.app import run_plan
 from server.process import free_port
-from server.store import RunStore
 from server.submit import prepare_run, submit
 from tasks.resolve import resolve
-from tests.load.made import PASSPHRASE, Gauge, many, plan_of
+from tests.load.made import PASSPHRASE, Gauge, check_faultless, many, plan_of, run_watched
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.timeout(7_200)]
@@ -38,29 +34,8 @@ def test_many_owners_in_one_process(
     made = many(tmp_path / "federation", owners, monkeypatch)
     opened = {100 + i: open_owner(home.folder, home.passphrase) for i, home in enumerate(made.owners)}
     apps = {node: make_app(lambda _context, owner=owner: owner) for node, owner in opened.items()}
-    plan, store, gauge = (
-        resolve(plan_of(owners, rounds)),
-        RunStore(tmp_path / "run"),
-        Gauge(lambda: [os.getpid()]),
-    )
-    store.set("plan", plan.fields())
-    store.set("plan_hash", plan.sha256())
-    finish = store.finish_round
-
-    def finished(*arguments: object) -> None:
-        finish(*arguments)  # type: ignore[arg-type]
-        gc.collect()
-        gauge.note()
-
-    monkeypatch.setattr(store, "finish_round", finished)
-    started = time.monotonic()
-    run_plan(LocalGrid(apps), store, load_trust(made.server_home / "identity"))
-    print(f"{owners} owners, {rounds} rounds: {time.monotonic() - started:.0f} s")
-    assert store.get("state") == "finished"
-    assert [len(facts["contributors"]) for facts in store.rounds()] == [owners] * rounds
-    assert store.refusals() == []
-    gauge.check()
-    store.close()
+    plan, gauge = resolve(plan_of(owners, rounds)), Gauge(lambda: [os.getpid()])
+    run_watched(LocalGrid(apps), made, plan, tmp_path / "run", gauge, monkeypatch)
     for owner in opened.values():
         owner.close()
 
@@ -98,10 +73,7 @@ def test_fifty_nodes_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         finally:
             nodes.terminate()
             nodes.wait(60)
-    assert store.get("state") == "finished", store.get("problem")
-    assert [len(facts["contributors"]) for facts in store.rounds()] == [owners] * rounds
-    assert store.refusals() == []
-    assert not [facts for facts in store.attempts() if facts["void"]]
+    check_faultless(store, store.plan())
     assert b"Traceback" not in (tmp_path / "nodes.log").read_bytes()
     gauge.check(files_each=20)
     store.close()

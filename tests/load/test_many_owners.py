@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
-from crypto.trust import load_trust
 from scenarios.grid import LocalGrid
-from server.app import run_plan
-from server.store import RunStore
 from tasks.resolve import resolve
-from tests.load.made import Gauge, many, plan_of
+from tests.load.made import Gauge, many, plan_of, run_watched
 from tests.load.shared_owners import OwnersProcess
 
 OWNERS, ROUNDS = (int(os.environ.get(f"FEDSEAL_LOAD_{name}", "0")) for name in ("OWNERS", "ROUNDS"))
@@ -29,45 +26,15 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(10 * 3_600)]
 def test_many_owners_in_two_processes(
     owners: int, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.set_num_threads(1)
-    started = time.monotonic()
-
-    def say(what: str) -> None:
-        print(f"{time.monotonic() - started:7.0f} s: {what}", flush=True)
-
-    made = many(tmp_path / "federation", owners, monkeypatch)
+    made, started = many(tmp_path / "federation", owners, monkeypatch), time.monotonic()
     homes = dict(enumerate(made.owners, 100))
-    processes = [
-        OwnersProcess({node: home for node, home in homes.items() if node % PROCESSES == number})
-        for number in range(PROCESSES)
-    ]
-    say(f"{owners} homes made")
-    for process in processes:
-        process.wait()
-    say("all owners open")
-    plan, store = resolve(plan_of(owners, rounds)), RunStore(tmp_path / "run")
-    gauge = Gauge(lambda: [os.getpid(), *(process.pid for process in processes)])
-    store.set("plan", plan.fields())
-    store.set("plan_hash", plan.sha256())
-    finish = store.finish_round
-
-    def finished(*arguments: object) -> None:
-        finish(*arguments)  # type: ignore[arg-type]
-        gauge.note()
-        say(f"round {len(gauge.memory)}: {gauge.memory[-1] // 1024} MiB, {gauge.files[-1]} files")
-
-    monkeypatch.setattr(store, "finish_round", finished)
-    apps = {node: processes[node % PROCESSES] for node in homes}
-    grid = LocalGrid(apps, workers=2 * PROCESSES)  # type: ignore[arg-type]
-    try:
-        run_plan(grid, store, load_trust(made.server_home / "identity"))
-        assert store.get("state") == "finished", store.get("problem")
-        assert [len(facts["contributors"]) for facts in store.rounds()] == [owners] * rounds
-        assert store.refusals() == []
-        assert not [facts for facts in store.attempts() if facts["void"]]
-        gauge.check()
-    finally:
-        grid.close()
-        store.close()
+    shares = [{node: homes[node] for node in homes if node % PROCESSES == one} for one in range(PROCESSES)]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(OwnersProcess(share)) for share in shares]
         for process in processes:
-            process.close()
+            process.wait()
+        print(f"{owners} owners opened in {time.monotonic() - started:.0f} s", flush=True)
+        grid = LocalGrid({node: processes[node % PROCESSES] for node in homes}, workers=2 * PROCESSES)
+        stack.callback(grid.close)
+        gauge = Gauge(lambda: [os.getpid(), *(process.pid for process in processes)])
+        run_watched(grid, made, resolve(plan_of(owners, rounds)), tmp_path / "run", gauge, monkeypatch)
