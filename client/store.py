@@ -46,7 +46,7 @@ _MODEL_PART = 4 * 1024 * 1024
 
 
 class _KeptMembers(NamedTuple):
-    """What the members' row of a run holds; it is longer than all else together, and rarely changes."""
+    """What the members' row of a run holds: what grows most with the owners, and rarely changes."""
 
     run: str
     members: list[JoinReply]
