@@ -93,6 +93,8 @@ def open_sum(owner: Owner, state: RunState, request: OpenRequest, blob: bytes) -
     slices = sum_parts(parameters)
     if len(slices) == 1:
         return Outcome(changed, reply, answer)
+    # the sums leave by themselves from here on, and no other sum may follow them
+    owner.store.save(changed)
     receipt = OpenReply(opening=None).to_bytes()
     for number, values in enumerate(slices, start=last + 1):
         part = Answer(receipt, answer[SUM_BYTES * values.start : SUM_BYTES * values.stop])

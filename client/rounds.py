@@ -128,7 +128,8 @@ def seal(owner: Owner, state: RunState, request: SealRequest) -> Outcome:
     the rest cannot be made any more, and the attempt is void.
 
     Raises:
-        AttemptRefused: There is no such contribution or part, or it was sealed for another list.
+        AttemptRefused: There is no such contribution or part, it was sealed for another list, or an answer
+            could not be stored and is lost.
         RosterRefused: The list is not acceptable.
         ModelMismatch, ProtocolViolation: The list is for another model or purpose.
     """
@@ -142,11 +143,13 @@ def seal(owner: Owner, state: RunState, request: SealRequest) -> Outcome:
         joins = [] if session in state.sealed_in else [member.join for member in state.members]
         sealing, state = _begin(owner, state, request, listed, pending)
         heads = [*joins, *request.ready]
+        if len(sealing.parts) > 1:
+            _settle(owner, state, heads)
+        owner.sealing[state.run] = sealing
     if sealing.list_hash != listed.sha256 or request.part >= len(sealing.parts):
         raise AttemptRefused("this update is sealed for another list, or has no such part")
-    if len(sealing.parts) > 1 and sealing.done == 0:
-        # from here on parts leave one by one, and the next process must not seal this attempt again
-        owner.store.save(state, heads=heads)
+    if request.part < sealing.done:
+        raise AttemptRefused("the answer to this part could not be stored, and is lost")
     while sealing.done < request.part:
         earlier = request.model_copy(update={"part": sealing.done})
         answer = Answer(*_next_part(owner, state, sealing, listed))
@@ -194,8 +197,19 @@ def _begin(
         sealed_in=state.sealed_in if session in state.sealed_in else [*state.sealed_in, session],
         lists=state.lists if signers in state.lists else [*state.lists, signers],
     )
-    owner.sealing[state.run] = sealing
     return sealing, changed
+
+
+def _settle(owner: Owner, state: RunState, heads: Sequence[Signed]) -> None:
+    """Write that an attempt is sealed, before the first of its parts leaves.
+
+    If that fails, no part leaves, now or later: the attempt is paid and void.
+    """
+    try:
+        owner.store.save(state, heads=heads)
+    except BaseException:
+        del owner.pending[state.run]
+        raise
 
 
 def _next_part(

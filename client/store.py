@@ -69,6 +69,7 @@ class StateStore:
         self._members: _KeptMembers | None = None
         # sequence of the head that is kept of each owner, as far as it was looked up
         self._sequences: dict[str, int] = {}
+        self._version = 0
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         # rows are models and frames of megabytes, which take half the time in larger pages
         self._database.execute("PRAGMA page_size=16384")
@@ -295,15 +296,26 @@ class StateStore:
     def _transaction(self) -> Iterator[None]:
         self._database.execute("BEGIN IMMEDIATE")
         try:
+            self._look_for_others()
             yield
             self._database.execute("COMMIT")
         except BaseException:
             # what is remembered may not be in the file; SQLite has ended some failed transactions itself
-            self._sequences.clear()
-            self._members = None
+            self._forget()
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
+
+    def _look_for_others(self) -> None:
+        """Forget what is remembered of the file if another process has written to it."""
+        (version,) = self._database.execute("PRAGMA data_version").fetchone()
+        if version != self._version:
+            self._forget()
+            self._version = version
+
+    def _forget(self) -> None:
+        self._sequences.clear()
+        self._members = None
 
 
 def _model_label(run: str, vector: int, part: int) -> bytes:

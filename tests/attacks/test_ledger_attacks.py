@@ -76,7 +76,7 @@ class Homes:
         """Start afresh: the victim has its first home, and nobody remembers anything."""
         for owner in self.hostile.owners:
             owner.store._database.execute("DELETE FROM heads")
-            owner.store._sequences.clear()
+            owner.store._forget()
         self.put_back("first")
         for backup in set(self._backups.iterdir()) - {self._backups / "first"}:
             shutil.rmtree(backup)

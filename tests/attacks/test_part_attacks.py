@@ -2,106 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from hashlib import sha256
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from hostile import Answered, HostileFederation, HostileRun, Sealed, answers, nothing_released
-from test_owner_attacks import carried_out, events, folder
+from hostile import HostileRun, answers, nothing_released
+from in_parts import (
+    EVIL,
+    FRAMES,
+    PEER,
+    SIZE,
+    VICTIM,
+    all_sealed,
+    fetched_sums,
+    frames_of,
+    long_plan,
+    open_requests,
+    opened_in_parts,
+    part_of,
+    run_in_parts,
+    sealed_in_parts,
+    small_parts,
+)
 
 import crypto.parts
 import crypto.secret
 from client import rounds
-from client.owner import Owner
-from crypto.frames import SealContext
-from crypto.parts import open_parts, seal_parts, sum_parts
+from crypto.parts import sum_parts
 from protocol.encoding import digest_bytes
-from protocol.messages import Header, Opening, OpenReply, OpenRequest, SealReply
-from protocol.plan import Plan
-from server.store import RunStore
+from protocol.messages import Header, Opening, OpenReply
 
-__all__ = ["folder"]
-
-VICTIM, PEER, EVIL = 3, 2, 1
-SIZE, FRAMES = 22_510, 3
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One frame is a part of an owner, one position one of the sum, and 7,200 values one of the result."""
-    monkeypatch.setattr(crypto.parts, "PART_BYTES", 28_800)
-
-
-@pytest.fixture(scope="module")
-def long_plan(make_plan: Callable[..., Plan]) -> Plan:
-    return make_plan(
-        run={"rounds": 2, "spare_attempts": 2},
-        cohort={"minimum": 3, "maximum": 4},
-        model={"name": "mlp", "hidden": [300]},
-    )
-
-
-@pytest.fixture
-def run(federation: HostileFederation, long_plan: Plan) -> HostileRun:
-    made = federation.run(long_plan).established()
-    assert len(seal_parts(made.packing(), SIZE)) == FRAMES
-    return made
-
-
-def part_of(run: HostileRun, ready: Any, index: int, part: int, attempt: int = 1) -> Answered:
-    request = run.seal_request(attempt, ready).model_copy(update={"part": part})
-    return run.federation.accepted(index, "train.seal", request)
-
-
-def sealed_in_parts(
-    run: HostileRun, ready: Any, index: int, order: Sequence[int] = range(FRAMES), attempt: int = 1
-) -> Sealed:
-    got = {part: part_of(run, ready, index, part, attempt) for part in order}
-    headers = {part: SealReply.from_bytes(one.body).header for part, one in got.items()}
-    assert [part for part, header in headers.items() if header is not None] == [FRAMES - 1]
-    header = headers[FRAMES - 1]
-    assert header is not None
-    return Sealed(header, b"".join(got[part].blob for part in range(FRAMES)))
-
-
-def all_sealed(run: HostileRun, attempt: int = 1) -> tuple[Any, dict[int, Sealed]]:
-    ready = run.fit(attempt)
-    return ready, {index: sealed_in_parts(run, ready, index, attempt=attempt) for index in run.indices}
-
-
-def frames_of(run: HostileRun, sealed: Sealed) -> list[bytes]:
-    return SealContext(run.packing()).split(sealed.frames, FRAMES)
-
-
-def open_requests(
-    run: HostileRun, ready: Any, sealed: dict[int, Sealed]
-) -> list[tuple[OpenRequest, bytes]]:
-    """Return what an honest coordinator sends an opener, part by part."""
-    request, _ = run.open_request(1, ready, sealed)
-    rows = [frames_of(run, one) for one in sealed.values()]
-    assert len(open_parts(run.packing(), SIZE, len(rows))) == FRAMES
-    blobs = [b"".join(sha256(frame).digest() for row in rows for frame in row)]
-    blobs += [b"".join(row[position] for row in rows) for position in range(FRAMES)]
-    return [(request.model_copy(update={"part": part}), blob) for part, blob in enumerate(blobs)]
-
-
-def opened_in_parts(
-    run: HostileRun, requests: Sequence[tuple[OpenRequest, bytes]], index: int, order: Sequence[int]
-) -> Answered:
-    for place in order[:-1]:
-        receipt = run.federation.accepted(index, "query.open", *requests[place])
-        assert OpenReply.from_bytes(receipt.body).opening is None
-        assert receipt.blob == b""
-    return run.federation.accepted(index, "query.open", *requests[order[-1]])
-
-
-def fetched_sums(run: HostileRun, request: OpenRequest, index: int) -> bytes:
-    numbers = range(FRAMES + 1, FRAMES + 1 + len(sum_parts(SIZE)))
-    asked = [request.model_copy(update={"part": number}) for number in numbers]
-    return b"".join(run.federation.accepted(index, "query.open", one).blob for one in asked)
+__all__ = ["long_plan", "run_in_parts", "small_parts"]
 
 
 # --- sealing -----------------------------------------------------------------------------------------
@@ -337,100 +269,3 @@ def test_receipts_are_not_stored(run: HostileRun) -> None:
     before = answers(run.owner(VICTIM), run.run)
     run.federation.accepted(VICTIM, "query.open", *requests[0])
     assert answers(run.owner(VICTIM), run.run) == before
-
-
-# --- the coordinator ---------------------------------------------------------------------------------
-
-
-def honest(_: Owner, body: bytes, blob: bytes) -> tuple[bytes, bytes]:
-    return body, blob
-
-
-def flipped_blob(_: Owner, body: bytes, blob: bytes) -> tuple[bytes, bytes]:
-    return body, bytes([blob[0] ^ 1]) + blob[1:]
-
-
-def without_header(_: Owner, body: bytes, blob: bytes) -> tuple[bytes, bytes]:
-    return SealReply(header=None).to_bytes(), blob
-
-
-def residues_too_large(_: Owner, body: bytes, blob: bytes) -> tuple[bytes, bytes]:
-    return body, blob[:64] + b"\xff" * (len(blob) - 64)
-
-
-def repeated_part() -> Callable[[Owner, bytes, bytes], tuple[bytes, bytes]]:
-    kept: list[bytes] = []
-
-    def tamper(_: Owner, body: bytes, blob: bytes) -> tuple[bytes, bytes]:
-        kept.append(blob)
-        return body, kept[0]
-
-    return tamper
-
-
-def left_behind(store: RunStore) -> list[Path]:
-    return [file for file in store.folder.rglob("*") if "frames" in file.parts]
-
-
-def test_a_run_in_parts_finishes_and_leaves_no_frames(
-    federation: HostileFederation, folder: RunStore, long_plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    modes: list[int] = []
-    original = Path.open
-
-    def watched(self: Path, *arguments: Any, **options: Any) -> Any:
-        if self.parent.name == "frames":
-            modes.extend((self.stat().st_mode & 0o777, self.parent.stat().st_mode & 0o777))
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", watched)
-    assert carried_out(federation, folder, long_plan, "train.seal", honest, monkeypatch) == "finished"
-    assert set(modes) == {0o600, 0o700}
-    assert left_behind(folder) == []
-    for one in folder.attempts():
-        assert one["upload_bytes"] > FRAMES * 28_000
-        assert one["download_bytes"] > 4 * FRAMES * 28_000
-
-
-def test_sums_are_fetched_from_an_opener_that_sends_what_it_signed(
-    federation: HostileFederation, folder: RunStore, long_plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The bought opener signs the right sum and sends another."""
-
-    def lying(_: Owner, body: bytes, blob: bytes) -> tuple[bytes, bytes]:
-        return body, bytes(len(blob))
-
-    assert carried_out(federation, folder, long_plan, "query.open", lying, monkeypatch) == "finished"
-    evil = federation.owners[EVIL].fingerprint
-    for one in folder.attempts():
-        assert digest_bytes(folder.sums(one["round"])) == one["sums_hash"]
-    assert evil in {opening["signer"] for one in folder.attempts() for opening in one["openings"]}
-
-
-@pytest.mark.parametrize(
-    ("tamper", "code", "event"),
-    [
-        (flipped_blob, "FS-FRAME-01", False),
-        (without_header, "FS-WIRE-03", False),
-        (residues_too_large, "FS-FRAME-01", False),
-        (repeated_part(), "FS-FRAME-01", True),
-    ],
-    ids=["flipped", "no header", "residues", "repeated"],
-)
-def test_a_bad_part_voids_the_attempt(
-    federation: HostileFederation,
-    folder: RunStore,
-    long_plan: Plan,
-    monkeypatch: pytest.MonkeyPatch,
-    tamper: Any,
-    code: str,
-    event: bool,
-) -> None:
-    carried_out(federation, folder, long_plan, "train.seal", tamper, monkeypatch, times=FRAMES)
-    first = folder.attempts()[0]
-    assert (first["void"], first["openings"]) == (True, [])
-    assert folder.refusals()[0]["code"] == code
-    assert left_behind(folder) == []
-    repeats = [facts["owner"] for facts in events(folder, "repeated_seed")]
-    assert bool(repeats) == event
-    assert set(repeats) <= {federation.owners[EVIL].name}

@@ -1,4 +1,4 @@
-"""A write that fails loses nothing that was there, and the next one is whole."""
+"""Writes that fail, or that another process made: nothing is lost, and the next one is whole."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ def test_the_state_of_an_owner_after_a_write_that_failed(fault: Fault, tmp_path:
     box, path = StorageBox(secrets.token_bytes(32)), tmp_path / "state.db"
     store = StateStore(path, box)
     members = [member(number) for number in range(4)]
-    first = RunState(
-        run=RUN, plan={}, stage="rostered", join=members[0], nonce="b" * 64, members=members[:2]
-    )
+    first = state_of(members[:2])
     store.save(first)
     later = first.with_changes(members=members, round=1)
     heads = [one.join for one in members]
@@ -79,6 +77,30 @@ def test_the_state_of_an_owner_after_a_write_that_failed(fault: Fault, tmp_path:
     assert again.find(RUN) == later
     assert again.heads(one.signer for one in heads) == {one.signer: one for one in heads}
     again.close()
+
+
+def state_of(members: list[JoinReply]) -> RunState:
+    return RunState(run=RUN, plan={}, stage="rostered", join=members[0], nonce="b" * 64, members=members)
+
+
+def test_what_another_process_wrote_is_not_overwritten_from_memory(tmp_path: Path) -> None:
+    """Two nodes on one home, by accident: neither takes its memory of the file for the file."""
+    box, path = StorageBox(secrets.token_bytes(32)), tmp_path / "state.db"
+    one, other = StateStore(path, box), StateStore(path, box)
+    few, many = [member(0), member(1)], [member(number) for number in range(4)]
+    ours = state_of(few)
+    one.save(ours, heads=[head(5)])
+    other.save(state_of(many), heads=[head(9)])
+    one.save(ours.with_changes(round=1), heads=[head(7)])
+    assert other.find(RUN) == one.find(RUN) == ours.with_changes(round=1)
+    assert other.heads(["d" * 64]) == {"d" * 64: head(9)}
+    one.close()
+    other.close()
+
+
+def head(sequence: int) -> Signed:
+    ledger = {"ledger": {"head": "c" * 64, "sequence": sequence}}
+    return Signed(kind="ready", body=ledger, signer="d" * 64, signature=b"signature")
 
 
 @FAULTS
