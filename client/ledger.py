@@ -38,9 +38,10 @@ from client.entries import (
     opening,
     to_bytes,
 )
-from client.ledger_files import HeadCopy, connect, exclusive, sqlite_translated
+from client.ledger_files import HeadCopy, connect, sqlite_translated
 from client.policy import Policy
 from client.spending import Spending, Spent, Totals, planned_cost
+from crypto.locks import exclusive
 from protocol.encoding import decode
 from protocol.errors import EncodingInvalid, LedgerConflict, LedgerCorrupt, LedgerRollback
 from protocol.messages import LedgerHead, Purpose

@@ -6,7 +6,6 @@ after a crash it may be behind the ledger and is never ahead of it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 import tempfile
@@ -77,17 +76,6 @@ def sqlite_translated() -> Iterator[None]:
     except UnicodeDecodeError:
         # the text of an error, too, may quote damaged bytes
         raise LedgerCorrupt("a text in the database is not UTF-8") from None
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a file lock, which ends with the process at the latest."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class Copied(Message):

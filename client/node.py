@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ from client.app import make_app
 from client.coordinator import CoordinatorWatch
 from client.flower import FleetConnection, fleet_connection, tls_context
 from client.owner import IDENTITY, Owner, open_owner
+from crypto.locks import alone_in
 from protocol.errors import CertificateRefused, ServerUnavailable
 
 _LOG = logging.getLogger("fedseal.client")
@@ -42,12 +44,12 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
     Raises:
         ServerUnavailable: The coordinator is not there and `keep_trying` is off.
         CertificateRefused: The revocation list is missing or stale and `keep_trying` is off.
+        HomeBusy: Another node of this home runs.
         FedsealError: The owner's home cannot be opened.
     """
     stop = threading.Event()
     _stop_on_signals(stop)
-    owner = open_owner(home, passphrase)
-    try:
+    with alone_in(home), closing(open_owner(home, passphrase)) as owner:
         pause = _FIRST_RECONNECT_S
         while not stop.is_set():
             try:
@@ -59,8 +61,6 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
                 _LOG.warning("%s; trying again in %.1f s", error, pause)
                 stop.wait(pause)
                 pause = min(pause * 2, _LAST_RECONNECT_S)
-    finally:
-        owner.close()
 
 
 def _serve(owner: Owner, home: Path, address: str, stop: threading.Event) -> None:

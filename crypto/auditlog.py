@@ -11,11 +11,8 @@ The construction is that of a linked log; Haber & Stornetta 1991, Schneier & Kel
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -29,6 +26,7 @@ from pydantic import Field, StringConstraints
 
 from crypto.certificates import role_of
 from crypto.issued import verify_issued
+from crypto.locks import exclusive
 from crypto.vault import sync_folder, write_public
 from protocol.encoding import Blob, Digest, digest_bytes, encode
 from protocol.errors import EncodingInvalid, LogBroken
@@ -108,7 +106,7 @@ class AuditLog:
         Raises:
             LogBroken: The end of the log is not what this process has seen of it.
         """
-        with self._locked():
+        with exclusive(self._folder / LOCK):
             last = self._last()
             fields: dict[str, Any] = {
                 "sequence": last.sequence + 1,
@@ -155,7 +153,7 @@ class AuditLog:
         Raises:
             LogBroken: The last line is damaged or changed.
         """
-        with self._locked():
+        with exclusive(self._folder / LOCK):
             return self._last()
 
     def sign_head(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> Head:
@@ -210,15 +208,6 @@ class AuditLog:
         except (ValueError, TypeError, EncodingInvalid, InvalidSignature):
             raise LogBroken("the signed head is damaged or forged") from None
         return signed.head
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
 
     def _lines(self) -> list[bytes]:
         try:

@@ -361,6 +361,15 @@ class HomeExists(FedsealError):
     exit_code = 5
 
 
+class HomeBusy(FedsealError):
+    """A second node or coordinator was started on one home."""
+
+    code = "FS-HOME-02"
+    what = "Another process works with this home."
+    remedy = "Stop that process first; every node and every coordinator has a home of its own."
+    exit_code = 5
+
+
 class PeerUnusable(FedsealError):
     """Another project's program, with which a benchmark compares, cannot be run."""
 

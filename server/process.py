@@ -11,6 +11,7 @@ from pathlib import Path
 from crypto.auditlog import FOLDER, AuditLog, KeptLog
 from crypto.certificates import ServerCredentials, key_sha256
 from crypto.identity import load_server, ssl_key_file
+from crypto.locks import alone_in
 from crypto.trust import load_trust
 from protocol.environment import return_large_memory
 from protocol.errors import CertificateRefused
@@ -39,6 +40,7 @@ def run_server(
 
     Raises:
         SecretUnavailable, CertificateRefused: The identity cannot be opened.
+        HomeBusy: Another coordinator of this home runs.
         LogBroken: The log of acts is not the one that was written.
     """
     return_large_memory()
@@ -48,9 +50,9 @@ def run_server(
         raise CertificateRefused("the coordinator's home has no members folder")
     os.environ[HOME_VARIABLE] = str(home.resolve())
     os.environ["FLWR_HOME"] = str((home / "flower").resolve())
-    coordinator = _coordinator(home, credentials)
     port = runtime_port or free_port()
-    with ssl_key_file(credentials.key) as (key_file, password):
+    with alone_in(home), ssl_key_file(credentials.key) as (key_file, password):
+        coordinator = _coordinator(home, credentials)
         options = SuperLinkOptions(
             runtime_port=port,
             authority_file=identity / "ca.crt",

@@ -12,7 +12,6 @@ coordinator never has anything private.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from crypto.auditlog import AuditLog, short_facts
+from crypto.locks import take
 from protocol.errors import CheckpointInvalid, RunBusy, RunFailed
 from protocol.messages import Purpose
 from protocol.optimizers import GlobalModel
@@ -107,7 +107,7 @@ class RunStore:
             return
         descriptor = os.open(self.folder / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + wait_s
-        while not _lock(descriptor):
+        while not take(descriptor):
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 raise RunBusy
@@ -123,7 +123,7 @@ class RunStore:
         except FileNotFoundError:
             return False
         try:
-            return not _lock(descriptor)
+            return not take(descriptor)
         finally:
             os.close(descriptor)
 
@@ -376,14 +376,6 @@ class RunStore:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _sync(path: Path) -> None:

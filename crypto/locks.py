@@ -1,0 +1,53 @@
+"""File locks between processes. However a process ends, its locks end with it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from protocol.errors import HomeBusy
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a file's lock in the block, after waiting for who holds it; mode 0600 if it is made."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def alone_in(home: Path) -> Iterator[None]:
+    """Be the only node or coordinator of a home in the block; a home that is not there has none.
+
+    Raises:
+        HomeBusy: Another process is, or the home cannot be locked.
+    """
+    try:
+        descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield
+        return
+    except OSError:
+        raise HomeBusy("the home cannot be locked") from None
+    try:
+        if not take(descriptor):
+            raise HomeBusy("a node or a coordinator of this home is running")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def take(descriptor: int) -> bool:
+    """Take the lock of an open file without waiting; tell whether it was free."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""A second node or coordinator started on a home that has one running: a slip that must end nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from real_federation import PASSPHRASE, RealFederation
+
+from crypto.locks import alone_in
+from protocol.errors import HomeBusy
+from server.home import ADDRESSES
+from server.process import free_port
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of fedseal to its end."""
+    environment = os.environ | {"FEDSEAL_PASSPHRASE": PASSPHRASE.decode()}
+    command = [sys.executable, "-m", "fedseal", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def test_second_coordinator_changes_nothing(real: RealFederation) -> None:
+    """On another port, too: it would take over the control socket, and write other addresses down."""
+    log, addresses = real.home / "log" / "acts.jsonl", real.home / ADDRESSES
+    before = log.read_bytes(), addresses.read_bytes()
+    done = start("server", "--home", str(real.home), "--port", str(free_port()))
+    assert done.returncode == HomeBusy.exit_code
+    assert HomeBusy.code in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (log.read_bytes(), addresses.read_bytes()) == before
+    assert isinstance(real.made.link().runs(), list)
+
+
+def test_second_node_does_not_answer(real: RealFederation) -> None:
+    owner = real.owner("owner-1")
+    done = start("client", "--home", str(owner.folder), "--server", f"127.0.0.1:{real.port}", "--once")
+    assert done.returncode == HomeBusy.exit_code
+    assert HomeBusy.code in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class TestLock:
+    def test_ends_with_the_block(self, tmp_path: Path) -> None:
+        with alone_in(tmp_path), pytest.raises(HomeBusy), alone_in(tmp_path):
+            pass
+        with alone_in(tmp_path):
+            pass
+        assert not list(tmp_path.iterdir())
+
+    def test_ends_with_a_killed_process(self, tmp_path: Path) -> None:
+        code = (
+            "import sys, time; from pathlib import Path; from crypto.locks import alone_in\n"
+            "with alone_in(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(HomeBusy), alone_in(tmp_path):
+                pass
+            holder.kill()
+        with alone_in(tmp_path):
+            pass
+
+    def test_a_missing_home_is_left_to_who_opens_it(self, tmp_path: Path) -> None:
+        with alone_in(tmp_path / "none"):
+            pass
+
+    def test_what_is_no_folder_is_refused(self, tmp_path: Path) -> None:
+        file = tmp_path / "home"
+        file.touch()
+        with pytest.raises(HomeBusy), alone_in(file):
+            pass
