@@ -155,7 +155,7 @@ def server(
     passphrase_file: PassphraseFile = None,
 ) -> None:
     """Run the coordinator until it is stopped."""
-    from server.launcher import ListenerOptions
+    from server.listeners.launcher import ListenerOptions
     from server.process import run_server
 
     _log_to_stderr()

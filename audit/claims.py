@@ -19,7 +19,7 @@ from protocol.evaluation import (
 )
 from protocol.messages import Statement
 from protocol.plan import Plan
-from server.evaluation import federated_accuracy
+from server.rounds.evaluation import federated_accuracy
 
 RELATIVE_TOLERANCE = 1e-6
 """Recomputed numbers may differ this much: mathematical libraries round the last digits differently."""

@@ -16,7 +16,7 @@ from protocol.errors import EncodingInvalid
 
 if TYPE_CHECKING:
     from crypto.auditlog import Head
-    from server.control import ControlLink
+    from server.listeners.control import ControlLink
 
 log_app = typer.Typer(help="The log of administrative and protocol acts.", no_args_is_help=True)
 
@@ -34,8 +34,8 @@ def operator_link(home: Path, identity: Path | None, passphrase_file: Path | Non
         passphrase_file: Of the operator's key.
     """
     from crypto.identity import load_operator
-    from server.control import ControlLink
     from server.home import OPERATOR
+    from server.listeners.control import ControlLink
 
     folder = identity or home / OPERATOR
     passphrase = ask_passphrase(passphrase_file, "Passphrase of the operator's key")

@@ -15,7 +15,7 @@ from protocol.errors import RunInterrupted, RunPaused
 from protocol.plan import Plan
 
 if TYPE_CHECKING:
-    from server.control import ControlLink
+    from server.listeners.control import ControlLink
     from server.store import RunStore
 
 

@@ -31,7 +31,7 @@ from server.home import MEMBERS, OPERATOR
 from tasks.partition import write_examples
 
 if TYPE_CHECKING:
-    from server.control import ControlLink
+    from server.listeners.control import ControlLink
 
 Split = tuple[NDArray[Any], NDArray[Any]]
 DATA = "data.npz"
@@ -69,7 +69,7 @@ class Federation:
 
     def link(self) -> ControlLink:
         """Return the operator's connection to the coordinator."""
-        from server.control import ControlLink
+        from server.listeners.control import ControlLink
 
         identity = self.server_home / OPERATOR
         return ControlLink(self.server_home, identity, load_operator(identity, self.operator_passphrase))

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from protocol.errors import FedsealError
 from protocol.records import from_record, to_record
-from server.flower import set_identity
+from server.flower.grid import set_identity
 
 _RUN_ID = 1
 _SERVER_NODE = 1

@@ -7,9 +7,9 @@ from protocol.errors import FedsealError, ProtocolViolation
 from protocol.messages import CloseReply, CloseRequest, Statement
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
+from server.cohort.members import Member
 from server.exchange import Exchanger, Reply, Request
-from server.members import Member
-from server.rounds import RoundRunner
+from server.rounds.runner import RoundRunner
 from server.store import RunStore
 
 

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from protocol.errors import EncodingInvalid
 from protocol.records import from_record, to_records
-from server.flower import ReplyPuller, is_answer, nodes_by_key, online_nodes, push
+from server.flower.grid import ReplyPuller, is_answer, nodes_by_key, online_nodes, push
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")

@@ -16,9 +16,9 @@ from crypto.trust import load_trust
 from protocol.environment import return_large_memory
 from protocol.errors import CertificateRefused
 from server.app import HOME_VARIABLE
-from server.flower import SuperLinkOptions
+from server.flower.superlink import SuperLinkOptions
 from server.home import IDENTITY, MEMBERS
-from server.launcher import Coordinator, ListenerOptions, serve
+from server.listeners.launcher import Coordinator, ListenerOptions, serve
 from server.submit import Addresses, forget_addresses, write_addresses
 
 

@@ -21,13 +21,13 @@ from protocol.errors import (
 from protocol.messages import Join, JoinRequest, Signed, Stage, Start
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
-from server.attendance import note_objection
+from server.cohort.attendance import note_objection
+from server.cohort.members import Member, ServerSession
+from server.cohort.patience import Patience
+from server.cohort.session import TRIES, Joining
+from server.cohort.standing import Standing
 from server.exchange import Exchanger, Request
-from server.members import Member, ServerSession
-from server.patience import Patience
-from server.rounds import RoundRunner
-from server.session import TRIES, Joining
-from server.standing import Standing
+from server.rounds.runner import RoundRunner
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")

@@ -18,7 +18,7 @@ from crypto.trust import Trust
 from protocol.errors import CertificateRefused, CheckpointInvalid, RunFailed
 from protocol.messages import Join, JoinReply, LedgerHead, Ready, Signed
 from protocol.optimizers import GlobalModel
-from server.members import Member, ServerSession
+from server.cohort.members import Member, ServerSession
 from server.regrouping import Past
 from server.store import RunStore
 

@@ -11,13 +11,13 @@ from crypto.trust import Trust
 from protocol.errors import SessionMismatch
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
+from server.cohort.members import Member, ServerSession
+from server.cohort.patience import Arrival, Patience
+from server.cohort.session import Joining, wait_for_owners
+from server.cohort.standing import Standing
 from server.exchange import Exchanger
-from server.members import Member, ServerSession
-from server.patience import Arrival, Patience
 from server.regrouping import Past, Regrouping, record_session
-from server.rounds import RoundRunner
-from server.session import Joining, wait_for_owners
-from server.standing import Standing
+from server.rounds.runner import RoundRunner
 from server.store import RunStore
 
 Question = tuple[str, int, frozenset[str], frozenset[Arrival]]

@@ -25,13 +25,13 @@ from protocol.evaluation import Estimate, run_epsilon
 from protocol.messages import Purpose
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
-from server.attempts import Attempt
 from server.closing import close_run
+from server.cohort.members import ServerSession
 from server.exchange import Exchanger
-from server.members import ServerSession
 from server.resume import recorded_model, recorded_past, recorded_session, recorded_steps
 from server.rosters import Rosters
-from server.rounds import RoundRunner
+from server.rounds.attempts import Attempt
+from server.rounds.runner import RoundRunner
 from server.store import RunStore, now_text
 
 _LOG = logging.getLogger("fedseal.server")

@@ -14,8 +14,8 @@ from protocol.encoding import decode, digest_bytes, encode
 from protocol.errors import EncodingInvalid, RunBusy, RunFailed, ServerUnavailable
 from protocol.plan import Plan
 from server.app import PUBLIC_DATA
-from server.control import ControlLink
 from server.home import ADDRESSES, IDENTITY, RUNS
+from server.listeners.control import ControlLink
 from server.probe import probe_listener
 from server.store import RESUMABLE, RunStore, now_text
 from tasks.registry import task_for

@@ -1,6 +1,7 @@
 """The house as it is built: who may import whom, and what occurs nowhere."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,13 @@ ORDER = [
 MAX_LINES = 400
 CATALOGUES = {"protocol.errors"}
 """Modules that grow with what they list, one short class per entry, and have no logic to lose track of."""
+ROOMS = {
+    "flower": set[str](),
+    "listeners": {"flower", "home", "store"},
+    "cohort": {"exchange", "store"},
+    "rounds": {"cohort", "exchange", "store"},
+}
+"""The rooms of the package `server`, and what else of the package each may import."""
 SECRET_MODULES = {"crypto.measuring", "crypto.secret", "crypto.sealing"}
 
 
@@ -120,7 +128,7 @@ EVERY_MODULE = pytest.mark.parametrize("module", sorted(FILES))
 
 def test_the_house_is_complete() -> None:
     assert {package_of(module) for module in FILES} == set(ORDER)
-    assert {"protocol.plan", "crypto.secret", "client.rounds", "server.rounds"} <= FILES.keys()
+    assert {"protocol.plan", "crypto.secret", "client.rounds", "server.rounds.runner"} <= FILES.keys()
     for module in FILES:
         assert module == "fedseal" or package_of(module) in FILES, f"{module} is in no package"
 
@@ -137,6 +145,21 @@ def test_a_package_imports_only_what_is_below_it(module: str) -> None:
     rank = ORDER.index(package_of(module))
     for name in own_imports(module):
         assert ORDER.index(package_of(name)) <= rank, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_of_the_server_imports_only_what_it_may(room: str) -> None:
+    inside = [name for name in FILES if name.startswith(f"server.{room}.")]
+    assert len(inside) > 1
+    for module in inside:
+        named = {name.split(".")[1] for name in own_imports(module) if name.startswith("server.")}
+        assert named <= ROOMS[room] | {room}, module
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {name for name, path in FILES.items() if path.name == "__init__.py"}
+    assert set(listed["tool"]["setuptools"]["packages"]) == folders
 
 
 @EVERY_MODULE

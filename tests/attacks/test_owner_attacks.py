@@ -24,7 +24,7 @@ from protocol.plan import Plan
 from protocol.records import from_record, to_record
 from scenarios.grid import LocalGrid
 from server.app import run_plan
-from server.session import _check_wraps
+from server.cohort.session import _check_wraps
 from server.store import RunStore
 
 EVIL, SILENT = 1, 2

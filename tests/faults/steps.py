@@ -57,7 +57,7 @@ def _store() -> Any:
 
 
 def _runner() -> Any:
-    from server.rounds import RoundRunner
+    from server.rounds.runner import RoundRunner
 
     return RoundRunner
 

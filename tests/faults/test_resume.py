@@ -38,9 +38,9 @@ from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 from scenarios.federation import Federation, make_federation
 from server.app import note_interruption
-from server.attempts import Attempt
 from server.exchange import Exchanger
-from server.rounds import RoundRunner
+from server.rounds.attempts import Attempt
+from server.rounds.runner import RoundRunner
 from server.submit import IDENTITY
 from tasks.partition import digits
 from tasks.resolve import resolve

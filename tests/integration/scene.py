@@ -71,7 +71,7 @@ class Scene:
 
         monkeypatch.setattr(RunStore, "finish_round", finish_round)
         # all nodes of a first roster are there before the run begins
-        monkeypatch.setattr("server.session.SETTLE_S", 0.3)
+        monkeypatch.setattr("server.cohort.session.SETTLE_S", 0.3)
         self.simulation.run()
 
     def contributors(self) -> list[list[int]]:

@@ -46,9 +46,9 @@ from protocol.errors import (
     RunPaused,
     ServerUnavailable,
 )
-from server.admission import loopback_user
-from server.control import SOCKET, ControlLink, _short_path
 from server.home import OPERATOR
+from server.listeners.admission import loopback_user
+from server.listeners.control import SOCKET, ControlLink, _short_path
 from tests.credentials import enrol, operator_of, owner_of
 
 SECONDS = 5.0

@@ -31,8 +31,8 @@ from protocol.evaluation import evaluation_epsilon, run_epsilon
 from protocol.messages import Opening, Signed, Statement
 from scenarios.simulate import Simulation, federate
 from server.exchange import Exchanger, Reply
-from server.openings import OpeningExchange
-from server.rounds import RoundRunner
+from server.rounds.openings import OpeningExchange
+from server.rounds.runner import RoundRunner
 from tasks.images import unflatten
 from tasks.partition import digits
 from tasks.registry import task_for

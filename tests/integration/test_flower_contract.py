@@ -22,13 +22,14 @@ import flwr.serverapp
 import httpx
 import pytest
 
-import server.flower
+import server.flower.grid
 from crypto.authority import create_authority
 from protocol.environment import FLOWER_ENVIRONMENT
 from protocol.records import LARGE_BLOB_BYTES, from_record, to_record
-from server.flower import SuperLinkOptions, set_identity, superlink_app
-from server.flower_control import _bundle
-from server.flower_objects import ON_DISK_BYTES, DiskObjectStore
+from server.flower.control import _bundle
+from server.flower.grid import set_identity
+from server.flower.objects import ON_DISK_BYTES, DiskObjectStore
+from server.flower.superlink import SuperLinkOptions, superlink_app
 from tests.credentials import server_of
 
 ROOT = Path(flwr.__file__).parent
@@ -59,7 +60,7 @@ def source(module_name: str) -> str:
 
 
 def test_version_is_the_one_that_was_read() -> None:
-    assert version("flwr") == "1.41.0", "read server/flower.py and client/flower.py against the new version"
+    assert version("flwr") == "1.41.0", "read server/flower/ and client/flower.py against the new version"
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert '"flwr==' + version("flwr") + '"' in text, "pyproject.toml pins another version"
 
@@ -203,7 +204,7 @@ def test_messages_get_their_id_from_their_content() -> None:
 
 
 def test_own_processes_are_the_superlink_node() -> None:
-    assert member("flwr.common.constant", "SUPERLINK_NODE_ID") == server.flower._SUPERLINK_NODE
+    assert member("flwr.common.constant", "SUPERLINK_NODE_ID") == server.flower.grid._SUPERLINK_NODE
 
 
 def test_waits_of_moving_objects_are_keyword_arguments() -> None:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from real_federation import PASSPHRASE, RealFederation, small_plan
 
 from crypto.identity import load_owner, ssl_key_file
-from server.limits import MAX_BODY_BYTES, MAX_REQUESTS
+from server.listeners.limits import MAX_BODY_BYTES, MAX_REQUESTS
 from tests.fuzz.mutations import mutate_bytes
 
 PATHS = (

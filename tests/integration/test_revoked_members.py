@@ -16,8 +16,8 @@ from crypto.certificates import CertificateVerifier, Member
 from crypto.pki import revoke
 from crypto.trust import replace_revocations
 from protocol.errors import CertificateRefused, MemberUncertified, QuorumNotMet
-from server import standing
 from server.app import run_plan
+from server.cohort import standing
 from server.store import RunStore
 
 REVOKED = 3

@@ -72,7 +72,7 @@ def test_every_error_that_names_a_page_names_one_that_exists() -> None:
 def test_every_act_of_the_log_is_listed() -> None:
     """Each kind of act that the code records stands in the table of docs/identity.md, and none besides."""
     written = set[str]()
-    for file in (*(DOCS.parent / "server").glob("*.py"), *(DOCS.parent / "crypto").glob("*.py")):
+    for file in (*(DOCS.parent / "server").rglob("*.py"), *(DOCS.parent / "crypto").glob("*.py")):
         text = file.read_text(encoding="utf-8")
         written |= {f"run.{kind}" for kind in re.findall(r"\.event\(\s*\"([a-z_]+)\"", text)}
         written |= {f"run.{kind}" for kind in re.findall(r"\._act\(\s*\"([a-z_]+)\"", text)}

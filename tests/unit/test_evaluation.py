@@ -34,7 +34,7 @@ from protocol.evaluation import (
     run_epsilon,
 )
 from protocol.plan import Plan
-from server.evaluation import federated_accuracy
+from server.rounds.evaluation import federated_accuracy
 from tasks.images import Examples
 from tasks.registry import task_for
 from tasks.resolve import resolve

@@ -29,7 +29,7 @@ from crypto.packing import unpack_sum
 from crypto.presets import PRESETS, broken_byte_promise, packing_for
 from crypto.secret import SealKey, self_test
 from protocol.errors import EncryptionUnavailable, FrameInvalid, PlanInvalid, PolicyRefused
-from server.layout import frame_layout
+from server.rounds.layout import frame_layout
 
 NAMES = [name for name in sorted(PRESETS) if PRESETS[name].scheme == "BFV"]
 ROOT = Path(__file__).parents[2]
@@ -87,11 +87,11 @@ def test_the_coordinator_measures_the_same_form_without_code_for_secret_keys() -
     """In a process of its own, as the coordinator is one; an owner's frame passes its check."""
     code = """
 import json, sys
-import server.rounds
+import server.rounds.runner
 from crypto.frames import SealContext
 from crypto.presets import packing_for
 from protocol.plan import Plan
-from server.layout import frame_layout
+from server.rounds.layout import frame_layout
 plan = Plan.from_fields(json.loads(sys.argv[1]))
 layout = frame_layout(plan)
 SealContext(packing_for(plan.encryption.preset, plan.cohort.maximum), layout).check(sys.stdin.buffer.read())

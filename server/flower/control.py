@@ -1,9 +1,7 @@
 """Flower's control API, called inside the coordinator's process; no socket of any kind serves it.
 
-Flower 1.41.0 answers its control API to anybody who can reach it. So nobody can: `server.control` decides
-who may ask for what, and asks here. Beside `server.flower` and `server.flower_batches` the only module of
-the coordinator that touches private parts of Flower; `tests/integration/test_flower_contract.py` checks
-every assumption by name.
+Flower 1.41.0 answers its control API to anybody who can reach it. So nobody can:
+`server.listeners.control` decides who may ask for what, and asks here.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ from crypto.trust import CA_CERTIFICATE, REVOCATIONS
 from protocol.encoding import Digest, decode
 from protocol.errors import EncodingInvalid, FedsealError, RunBusy, RunFailed, RunPaused, ServerUnavailable
 from protocol.messages import Message
-from server.admission import PEER
-from server.flower_control import ControlClient
+from server.flower.control import ControlClient
 from server.home import RUNS
-from server.limits import refuse
+from server.listeners.admission import PEER
+from server.listeners.limits import refuse
 from server.store import RESUMABLE, RunStore
 
 SOCKET: Final = "control.sock"
@@ -54,7 +54,7 @@ class Answer(Message):
 
 
 class ControlEndpoint:
-    """The operators' endpoint as an ASGI app; `server.admission` has checked the certificate before.
+    """The operators' endpoint as an ASGI app; `admission` has checked the certificate before.
 
     Args:
         home: The coordinator's home.

@@ -17,11 +17,11 @@ from protocol.encoding import digest_bytes
 from protocol.errors import EncodingInvalid, FedsealError, ProtocolViolation, QuorumNotMet
 from protocol.messages import Opening, OpenReply, OpenRequest, Signed
 from protocol.plan import Plan
-from server.attempts import Attempt
-from server.attendance import Attendance
+from server.cohort.attendance import Attendance
+from server.cohort.members import Member, ServerSession
 from server.exchange import Exchanger, Reply, Request
-from server.gathering import Gathering
-from server.members import Member, ServerSession
+from server.rounds.attempts import Attempt
+from server.rounds.gathering import Gathering
 from server.store import RunStore
 
 

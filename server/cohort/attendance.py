@@ -4,7 +4,7 @@ An owner that did not answer is left out until it shows that it is there again: 
 its late answer comes in. An owner because of which a sealed attempt was void cost everybody a paid round:
 the second time it is left out of the whole run, as is one that signed a sum that a quorum contradicts.
 An owner that seals for nobody beside a member whose certificate it holds for invalid is not to blame: its
-revocation list may be newer than the coordinator's (`server.standing`).
+revocation list may be newer than the coordinator's (`server.cohort.standing`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from protocol.errors import (
     QuorumNotMet,
 )
 from protocol.plan import Plan
+from server.cohort.members import Member, ServerSession
+from server.cohort.session import SETTLE_S
 from server.exchange import Exchanger
-from server.members import Member, ServerSession
-from server.session import SETTLE_S
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")

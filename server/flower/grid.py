@@ -1,27 +1,15 @@
-"""What the coordinator uses of the private parts of Flower 1.41.0.
-
-Beside it only `server.flower_batches`, `server.flower_control` and `server.flower_objects` do.
-
-Each function says what it assumes. `tests/integration/test_flower_contract.py` checks every assumption by
-name, so that an upgrade of Flower fails there first.
-"""
+"""Messages and nodes as a run's process sees them through Flower's grid."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from protocol.batches import PULL_PATH, PUSH_PATH, RawMessage, fitting, join_batch, split_batch
-from protocol.errors import EncodingInvalid, FlowerChanged
-from server.flower_objects import objects_on_disk
+from protocol.errors import EncodingInvalid
 
 PULL_BACKOFF_S = 0.02
 """First wait for an object that is still being uploaded; Flower's own default is a whole second."""
@@ -32,67 +20,6 @@ _ONE = 1
 
 _TRIES = 8
 """Looks for an object that is still being sent: about two seconds, with the waits between them."""
-
-
-@dataclass(frozen=True)
-class SuperLinkOptions:
-    """Addresses and files of a SuperLink.
-
-    Attributes:
-        runtime_port: Loopback port of the runtime API.
-        authority_file: PEM of the authority that signed the server's certificate.
-        certificate_file: PEM of the server's certificate.
-        key_file: Path from which the server's private key can be loaded with `key_password`.
-        key_password: One-time password of `key_file`.
-        object_folder: Gets large objects in transit; it is emptied.
-    """
-
-    runtime_port: int
-    authority_file: Path
-    certificate_file: Path
-    key_file: str
-    key_password: str
-    object_folder: Path
-
-
-def superlink_app(options: SuperLinkOptions) -> Any:
-    """Build Flower's SuperLink as an ASGI app, with node authentication and in-memory link state.
-
-    Assumes `flwr.superlink.cli.flower_superlink._parse_superlink_lifespan_config` reads `sys.argv`, and
-    `flwr.superlink.main.create_app(config, lifespan_class)`. The link state is kept in memory because
-    a run cannot outlive its SuperLink; what must last is in our own run store.
-
-    Raises:
-        FlowerChanged: Flower does not have these functions.
-    """
-    try:
-        cli = importlib.import_module("flwr.superlink.cli.flower_superlink")
-        create_app = importlib.import_module("flwr.superlink.main").create_app
-        arguments = [
-            "flower-superlink",
-            "--host=127.0.0.1",
-            f"--port={options.runtime_port}",
-            f"--ssl-ca-certfile={options.authority_file}",
-            f"--ssl-certfile={options.certificate_file}",
-            f"--ssl-keyfile={options.key_file}",
-            "--enable-supernode-auth",
-            "--disable-runtime-dependency-installation",
-        ]
-        with _arguments(arguments):
-            config = cli._parse_superlink_lifespan_config()
-        with objects_on_disk(options.object_folder):
-            return create_app(config, cli.SuperLinkLifespan)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise FlowerChanged("the SuperLink cannot be built") from error
-
-
-@contextmanager
-def _arguments(arguments: Sequence[str]) -> Iterator[None]:
-    saved, sys.argv = sys.argv, list(arguments)
-    try:
-        yield
-    finally:
-        sys.argv = saved
 
 
 def push(grid: Grid, messages: Sequence[Message]) -> list[str]:

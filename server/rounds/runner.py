@@ -34,14 +34,14 @@ from protocol.messages import (
 )
 from protocol.optimizers import GlobalModel, apply_update
 from protocol.plan import Plan
-from server.attempts import Attempt
-from server.attendance import Attendance
-from server.evaluation import federated_accuracy
+from server.cohort.attendance import Attendance
+from server.cohort.members import Member, ServerSession
 from server.exchange import Exchanger, Reply, Request
-from server.gathering import Gathering
-from server.layout import frame_layout
-from server.members import Member, ServerSession
-from server.openings import Checks, OpeningExchange
+from server.rounds.attempts import Attempt
+from server.rounds.evaluation import federated_accuracy
+from server.rounds.gathering import Gathering
+from server.rounds.layout import frame_layout
+from server.rounds.openings import Checks, OpeningExchange
 from server.store import RunStore
 
 

@@ -6,9 +6,6 @@ layers of middleware, and a round of three exchanges takes hundreds. Here one re
 its objects, and a request for messages is answered when there is one. What a request does is done by
 Flower's own handlers, after Flower's own authentication; its own requests stay as they are, so that
 Flower's own nodes can be used.
-
-Beside `server.flower` the only module of the coordinator that touches private parts of Flower;
-`tests/integration/test_flower_contract.py` checks every assumption by name.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ from protocol.batches import (
     item_head,
 )
 from protocol.errors import EncodingInvalid
-from server.bells import Bells
+from server.flower.bells import Bells
 
 _PROTOBUF: Final = "application/protobuf"
 _ACTIVATE_PATH: Final = "/v1/fleet/activate-node"

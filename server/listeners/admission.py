@@ -20,7 +20,7 @@ from crypto.auditlog import KeptLog
 from crypto.certificates import LeafRole, check_certificate, key_sha256
 from crypto.trust import Trust
 from protocol.errors import CertificateRefused
-from server.limits import BoundedProtocol, refuse
+from server.listeners.limits import BoundedProtocol, refuse
 
 _LOG = logging.getLogger("fedseal.server")
 _TCP_TABLE = Path("/proc/net/tcp")

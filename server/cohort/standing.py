@@ -16,8 +16,8 @@ from crypto.certificates import check_revocations, verify_signing_certificate
 from crypto.trust import Trust
 from protocol.errors import CertificateRefused
 from protocol.messages import JoinReply
-from server.attendance import exclude
-from server.members import Member
+from server.cohort.attendance import exclude
+from server.cohort.members import Member
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")

@@ -31,8 +31,8 @@ from protocol.messages import (
     Wraps,
 )
 from protocol.plan import Plan
+from server.cohort.members import Member, ServerSession
 from server.exchange import Exchanger, Reply, Request
-from server.members import Member, ServerSession
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")

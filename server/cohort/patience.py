@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
+from server.cohort.members import Member
+from server.cohort.session import Joining
 from server.exchange import Exchanger
-from server.members import Member
-from server.session import Joining
 
 _MOST_FAILURES: Final = 4
 """Joins that a node may refuse, leave unanswered or need anew before it is out."""

@@ -1,10 +1,10 @@
 """The coordinator process: Flower's SuperLink behind three listeners.
 
-Owners reach nothing but the fleet API, on a listener that demands TLS 1.3 and a certificate for an owner's
-transport. Operators reach nothing but `server.control`, on a Unix socket that demands TLS 1.3 and an
-operator's certificate. The runtime API is for the run's own process; its loopback listener closes
-connections of other users of the machine. Flower's control API is on no listener. Owners are registered
-from the certificates in the members folder.
+Owners reach nothing but the fleet API, on a listener that demands TLS 1.3 and a certificate for an
+owner's transport. Operators reach nothing but `server.listeners.control`, on a Unix socket that demands
+TLS 1.3 and an operator's certificate. The runtime API is for the run's own process; its loopback
+listener closes connections of other users of the machine. Flower's control API is on no listener.
+Owners are registered from the certificates in the members folder.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from crypto.auditlog import KeptLog
 from crypto.certificates import key_sha256
 from crypto.trust import Trust, list_number
 from protocol.errors import FedsealError
-from server.admission import (
+from server.flower.batches import Batches
+from server.flower.control import ControlClient
+from server.flower.superlink import SuperLinkOptions, superlink_app
+from server.home import MEMBERS
+from server.listeners.admission import (
     PEER,
     Admission,
     SameUserProtocol,
     certified_protocol,
     end_refused_connections,
 )
-from server.control import ControlEndpoint, control_socket
-from server.flower import SuperLinkOptions, superlink_app
-from server.flower_batches import Batches
-from server.flower_control import ControlClient
-from server.home import MEMBERS
-from server.limits import Bounded, PatientLoop, allow_many_files, refuse
+from server.listeners.control import ControlEndpoint, control_socket
+from server.listeners.limits import Bounded, PatientLoop, allow_many_files, refuse
 
 _LOG = logging.getLogger("fedseal.server")
 _DENIED = {"/v1/fleet/register-node", "/v1/fleet/unregister-node"}

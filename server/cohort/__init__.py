@@ -1,0 +1,1 @@
+"""Who is in a run: its members, how they join, who is asked, who is left out, and why."""

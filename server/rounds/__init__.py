@@ -1,0 +1,1 @@
+"""One attempt at a round, exchange by exchange: fit, seal, open."""
