@@ -24,7 +24,7 @@ from tasks.registry import task_for
 
 Progress = Callable[[str], None]
 
-SIMULATION_S: Final[dict[Depth, float]] = {"quick": 20.0, "full": 240.0}
+SIMULATION_S: Final[dict[Depth, float]] = {"quick": 30.0, "full": 240.0}
 """Longest simulated run; a longer one is paused, and the report says so."""
 
 SEARCHED_ROUNDS: Final = 2
