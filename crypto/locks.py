@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from protocol.errors import HomeBusy
@@ -29,19 +29,18 @@ def alone_in(home: Path) -> Iterator[None]:
     Raises:
         HomeBusy: Another process is, or the home cannot be locked.
     """
-    try:
-        descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield
-        return
-    except OSError:
-        raise HomeBusy("the home cannot be locked") from None
-    try:
-        if not take(descriptor):
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            free = take(descriptor)
+        except FileNotFoundError:
+            free = True
+        except OSError:
+            raise HomeBusy("the home cannot be locked") from None
+        if not free:
             raise HomeBusy("a node or a coordinator of this home is running")
         yield
-    finally:
-        os.close(descriptor)
 
 
 def take(descriptor: int) -> bool:

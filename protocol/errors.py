@@ -362,11 +362,11 @@ class HomeExists(FedsealError):
 
 
 class HomeBusy(FedsealError):
-    """A second node or coordinator was started on one home."""
+    """A second node or coordinator was started on one home, or the home cannot be locked."""
 
     code = "FS-HOME-02"
-    what = "Another process works with this home."
-    remedy = "Stop that process first; every node and every coordinator has a home of its own."
+    what = "This process cannot have the home for itself."
+    remedy = "Stop the node or coordinator that runs on it, or make it a folder that this user may read."
     exit_code = 5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -67,7 +68,18 @@ class TestLock:
             pass
 
     def test_a_missing_home_is_left_to_who_opens_it(self, tmp_path: Path) -> None:
-        with alone_in(tmp_path / "none"):
+        with pytest.raises(ValueError, match="opener") as caught, alone_in(tmp_path / "none"):
+            raise ValueError("the opener's word")
+        assert caught.value.__context__ is None, "the path would stand in a traceback"
+
+    def test_a_folder_without_locks_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_locks(*_arguments: int) -> None:
+            raise OSError(errno.ENOLCK, "no locks")
+
+        monkeypatch.setattr("crypto.locks.fcntl.flock", no_locks)
+        with pytest.raises(HomeBusy), alone_in(tmp_path):
             pass
 
     def test_what_is_no_folder_is_refused(self, tmp_path: Path) -> None:
