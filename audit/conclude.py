@@ -10,7 +10,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from audit.collect import collect
+from audit.collecting.collect import collect
 from audit.report import build_report, write_report
 from deploy.build import build_package, synthetic_inputs
 from deploy.statement import PrivacyStatement

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from audit.crosscheck import CrossChecks, cross_checks
+from audit.statistics.crosscheck import CrossChecks, cross_checks
 from protocol.accounting import Mechanism, mechanism, noise_for
 from protocol.errors import PlanInvalid
 from protocol.evaluation import evaluation_delta, evaluation_epsilon, planned_epsilon, promised_loss

@@ -24,16 +24,16 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from jsonschema import Draft202012Validator
 
-from audit import render
-from audit.claims import claim, close, estimate, promise, spent_epsilon
-from audit.contradictions import refuse_contradictions
-from audit.evidence import EncryptionEvidence, RunEvidence
-from audit.evidence_base import parse_time
-from audit.experiments import LabEvidence
+from audit.checks.contradictions import refuse_contradictions
+from audit.checks.reproduce import commands
+from audit.checks.verdict import checks, verdict
+from audit.evidence.base import parse_time
+from audit.evidence.claims import claim, close, estimate, promise, spent_epsilon
+from audit.evidence.experiments import LabEvidence
+from audit.evidence.findings import finding
+from audit.evidence.run import EncryptionEvidence, RunEvidence
 from audit.facts import flatten, unflatten
-from audit.findings import finding
-from audit.reproduce import commands
-from audit.verdict import checks, verdict
+from audit.pages import render
 from crypto.certificates import fingerprint
 from crypto.signing import sign_bytes, verify_bytes
 from protocol.encoding import encode
@@ -90,7 +90,7 @@ def build_report(
         now: Time of the report, with a time zone.
         signer: Key that signs the report; without it `signature` is null.
         lab: Experiments made at the auditor's place; without them the report is inconclusive at best.
-        findings: What owners found at their places, signed by them; see `audit.findings`.
+        findings: What owners found at their places, signed by them; see `audit.evidence.findings`.
 
     Returns:
         A JSON value that fits ``audit/schema/report-2.json``, without NaN or infinity.

@@ -19,7 +19,7 @@ from protocol.plan import Plan
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from audit.experiments import Depth
+    from audit.evidence.experiments import Depth
     from server.store import RunStore
     from tasks.images import Examples
 
@@ -75,8 +75,8 @@ def _audit_plan(console: Console, options: AuditOptions) -> int:
 
 
 def _audit_run(console: Console, options: AuditOptions) -> int:
-    from audit.collect import collect
-    from audit.owner import read_findings
+    from audit.collecting.collect import collect
+    from audit.collecting.owner import read_findings
     from audit.report import build_report
     from scenarios.audits import audit_finished
     from server.app import PUBLIC_DATA
@@ -128,8 +128,8 @@ def _shown(console: Console) -> Callable[[str], None]:
 
 
 def _conclude(console: Console, out: Path, report: dict[str, Any]) -> int:
+    from audit.checks.verdict import exit_code
     from audit.report import write_report
-    from audit.verdict import exit_code
 
     json_file, html_file = write_report(report, out)
     verdict = report["verdict"]
@@ -162,8 +162,8 @@ def audit_owner(
         LedgerConflict: The owner did not join this run.
         FindingsRefused: The file cannot be written.
     """
-    from audit.mechanism import audit_mechanism
-    from audit.owner import find_run, owner_findings, write_findings
+    from audit.collecting.owner import find_run, owner_findings, write_findings
+    from audit.laboratory.mechanism import audit_mechanism
     from client.owner import open_owner
     from tasks.resolve import resolve
 

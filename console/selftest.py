@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from audit.selftest import SelfTest, self_test
+from audit.laboratory.selftest import SelfTest, self_test
 from protocol.errors import BenchmarkFailed
 
 

@@ -315,7 +315,7 @@ def _signer(report: dict[str, Any], key_file: Path | None) -> Text:
 
 def show_report(console: Console, report_file: Path, key_file: Path | None) -> int:
     """Verify a report, print its verdict, and return the exit status that stands for it."""
-    from audit.verdict import exit_code
+    from audit.checks.verdict import exit_code
 
     report = _verified(report_file, key_file)
     verdict = report["verdict"]

@@ -10,10 +10,10 @@ from typing import Final
 
 import numpy as np
 
-from audit.collect import collect
-from audit.evidence import RunEvidence
-from audit.experiments import Depth, LabEvidence
-from audit.laboratory import Observed, run_laboratory
+from audit.collecting.collect import collect
+from audit.evidence.experiments import Depth, LabEvidence
+from audit.evidence.run import RunEvidence
+from audit.laboratory.programme import Observed, run_laboratory
 from protocol.errors import AuditUnfounded
 from protocol.plan import Plan
 from scenarios.marked_run import MarkedResult, run_marked, shortened

@@ -15,10 +15,10 @@ from typing import Any, Final
 
 import torch
 
-from audit.canaries import watch_examples
-from audit.experiments import Depth, LabEvidence
-from audit.lower_bounds import bound_by, channels, claim_for
-from audit.selftest import DEFAULT_RUNS, self_test
+from audit.evidence.experiments import Depth, LabEvidence
+from audit.laboratory.canaries import watch_examples
+from audit.laboratory.lower_bounds import bound_by, channels, claim_for
+from audit.laboratory.selftest import DEFAULT_RUNS, self_test
 from protocol.plan import Plan
 from scenarios.audits import audit_plan, bundled_examples
 from scenarios.bench_arms import Arm, Figures, Job, Metric

@@ -20,7 +20,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from audit.markers import Marker, integers, numbers, secret, words
+from audit.collecting.markers import Marker, integers, numbers, secret, words
 from client.app import make_app
 from client.owner import POLICY, Owner, open_owner, read_policy
 from crypto.presets import Packing, packing_for

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from flwr.app import Message
 
-from audit.collect import collect
-from audit.evidence import RunEvidence
-from audit.experiments import MarkerScan, Place
-from audit.markers import Marker, Search, Searched, marker_scan
-from audit.render import html
+from audit.collecting.collect import collect
+from audit.collecting.markers import Marker, Search, Searched, marker_scan
+from audit.evidence.experiments import MarkerScan, Place
+from audit.evidence.run import RunEvidence
+from audit.pages.render import html
 from audit.report import build_report
 from crypto.auditlog import FOLDER as LOG
 from crypto.measuring import plan_context

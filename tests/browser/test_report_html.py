@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from audit import charts, experiment_charts, render, words
-from audit.evidence import RunEvidence
+from audit import words
+from audit.evidence.run import RunEvidence
+from audit.pages import charts, experiment_charts, render
 from audit.report import build_report, write_report
 from tests.unit.audit_evidence import NOW, OWNERS, evidence, evidence_fields
 from tests.unit.audit_experiments import findings, findings_fields, lab

@@ -17,9 +17,9 @@ import torch
 from real_federation import MARK, PASSPHRASE, RealFederation, living, plan_fields, small_plan, wait_until
 from typer.testing import CliRunner
 
-from audit.evidence import RunEvidence
-from audit.evidence_base import parse_time
-from audit.experiments import Depth, LabEvidence, MechanismEvidence, Place
+from audit.evidence.base import parse_time
+from audit.evidence.experiments import Depth, LabEvidence, MechanismEvidence, Place
+from audit.evidence.run import RunEvidence
 from audit.report import build_report, verify_report, write_report
 from fedseal import app
 from protocol.errors import AuditUnfounded, FedsealError, FindingsRefused, RunFailed

@@ -17,8 +17,8 @@ import torch
 from real_federation import small_plan
 from rich.console import Console
 
-from audit.collect import collect
-from audit.evidence import RunEvidence
+from audit.collecting.collect import collect
+from audit.evidence.run import RunEvidence
 from audit.report import build_report, verify_report, write_report
 from client.app import EXCHANGES
 from client.owner import Owner

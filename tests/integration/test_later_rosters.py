@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scene import ROUNDS, Scene
 
-from audit.collect import presence
+from audit.collecting.collect import presence
 from client import joining
 from client.state import RunState
 from crypto.agreement import WrapContext

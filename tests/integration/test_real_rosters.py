@@ -15,7 +15,7 @@ from real_federation import (
     wait_until,
 )
 
-from audit.collect import collect
+from audit.collecting.collect import collect
 from audit.report import build_report
 from client.owner import open_owner
 from crypto.pki import revoke

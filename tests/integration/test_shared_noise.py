@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from real_federation import small_plan
 
-from audit.collect import collect
-from audit.render import html
+from audit.collecting.collect import collect
+from audit.pages.render import html
 from audit.report import build_report
 from crypto.packing import mean_update
 from crypto.presets import packing_for

@@ -9,7 +9,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from audit.evidence import RunEvidence
+from audit.evidence.run import RunEvidence
 from crypto.authority import create_authority
 from crypto.certificates import OwnerCredentials, describe, fingerprint
 from crypto.signing import sign

@@ -9,8 +9,8 @@ import struct
 import zlib
 from typing import Any
 
-from audit.experiments import REQUIRED_TESTS, LabEvidence, OwnerFindings
-from audit.findings import sign_findings
+from audit.evidence.experiments import REQUIRED_TESTS, LabEvidence, OwnerFindings
+from audit.evidence.findings import sign_findings
 from protocol.accounting import epsilon_after
 from protocol.messages import Signed
 from tests.unit.audit_evidence import NOW, OWNERS, credentials, plan, sha

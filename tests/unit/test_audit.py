@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from audit.evidence import RunEvidence
-from audit.experiments import LabEvidence, OwnerFindings
+from audit.evidence.experiments import LabEvidence, OwnerFindings
+from audit.evidence.findings import sign_findings
+from audit.evidence.inventory import installed
+from audit.evidence.run import RunEvidence
 from audit.facts import flatten, unflatten
-from audit.findings import sign_findings
-from audit.inventory import installed
 from audit.report import build_report, sign_report, verify_report, write_page, write_report
 from crypto.certificates import fingerprint
 from crypto.signing import sign

@@ -8,7 +8,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from audit.evidence import RunEvidence
+from audit.evidence.run import RunEvidence
 from audit.report import build_report
 from crypto.signing import sign
 from protocol.messages import Statement

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
 from scipy.stats import beta
 
-from audit.bounds import (
+from audit.statistics.bounds import (
     Guesses,
     Schedule,
     clopper_pearson_upper,

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from audit.conformance import training_tests
-from audit.correlations import across, along, between
-from audit.experiment_checks import required_tests
-from audit.judging import THRESHOLD, exactly, judged, uniformity
-from audit.protections import protection_tests
-from audit.record_tests import Sample, participations
-from audit.selftest import failed, small_plan
+from audit.checks.experiments import required_tests
+from audit.laboratory.conformance import training_tests
+from audit.laboratory.protections import protection_tests
+from audit.laboratory.record_tests import Sample, participations
+from audit.laboratory.selftest import failed, small_plan
+from audit.statistics.correlations import across, along, between
+from audit.statistics.judging import THRESHOLD, exactly, judged, uniformity
 from crypto.presets import packing_for
 from protocol.plan import Plan
 from tasks.resolve import resolve

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from audit.custody import coordinator_custody, owner_custody
-from audit.evidence import KeyCustody
+from audit.collecting.custody import coordinator_custody, owner_custody
+from audit.evidence.run import KeyCustody
 from client.owner import Owner, open_owner
 from protocol.encoding import encode
 from scenarios.federation import Federation, make_federation

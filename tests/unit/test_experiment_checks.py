@@ -15,11 +15,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jsonschema import ValidationError
 
-from audit.contradictions import promised_rate, refuse_contradictions
-from audit.experiments import REQUIRED_TESTS
+from audit.checks.contradictions import promised_rate, refuse_contradictions
+from audit.checks.verdict import checks, verdict
+from audit.evidence.experiments import REQUIRED_TESTS
 from audit.report import build_report, sign_report, verify_report, write_report
-from audit.roc import ceiling
-from audit.verdict import checks, verdict
+from audit.statistics.roc import ceiling
 from protocol.errors import ReportInvalid
 from tests import independent_verifier
 from tests.unit.audit_evidence import NOW, OWNERS, evidence, sha

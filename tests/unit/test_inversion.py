@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from audit import inversion, observations, pictures
-from audit.experiments import InversionAttack
+from audit.evidence.experiments import InversionAttack
+from audit.laboratory import inversion, observations, pictures
 from protocol.errors import PlanInvalid
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan

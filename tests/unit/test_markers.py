@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audit import markers
-from audit.markers import Marker, Search, Searched, integers, marker_scan, numbers, secret, words
+from audit.collecting import markers
+from audit.collecting.markers import Marker, Search, Searched, integers, marker_scan, numbers, secret, words
 
 VALUES = np.array([13.731058217, 2.8371094613, 0.71356219284, 9.1827364519, 5.5519283746, 1.0203041526])
 LEVELS = np.array([131_071, 77_213, 400_127, 12_911, 250_003, 99_991])

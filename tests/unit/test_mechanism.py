@@ -9,14 +9,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-import audit.mechanism
-from audit.canaries import canary_task, dirac_examples, watch_examples
-from audit.channels import Channel
-from audit.experiments import MechanismEvidence
-from audit.faults import scaled_noise
-from audit.lower_bounds import Size, bounds_of_size, claim_for, exceeding_bounds
-from audit.mechanism import audit_mechanism, code_hash
-from audit.selftest import small_plan
+import audit.laboratory.mechanism
+from audit.evidence.experiments import MechanismEvidence
+from audit.laboratory.canaries import canary_task, dirac_examples, watch_examples
+from audit.laboratory.faults import scaled_noise
+from audit.laboratory.lower_bounds import Size, bounds_of_size, claim_for, exceeding_bounds
+from audit.laboratory.mechanism import audit_mechanism, code_hash
+from audit.laboratory.selftest import small_plan
+from audit.statistics.channels import Channel
 from client.noise import SecureStream
 from client.training import clipped_sum, local_update
 from tests.unit.test_conformance import PLANS
@@ -150,7 +150,8 @@ def test_the_code_hash_follows_the_source(tmp_path: Path, monkeypatch: pytest.Mo
     other = ModuleType("client.noise")
     other.__file__ = str(source)
     changed = tuple(
-        other if module.__name__ == "client.noise" else module for module in audit.mechanism.AUDITED
+        other if module.__name__ == "client.noise" else module
+        for module in audit.laboratory.mechanism.AUDITED
     )
-    monkeypatch.setattr(audit.mechanism, "AUDITED", changed)
+    monkeypatch.setattr(audit.laboratory.mechanism, "AUDITED", changed)
     assert code_hash() != before

@@ -15,8 +15,9 @@ from scipy.special import logsumexp
 from scipy.stats import binomtest, norm
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from audit import membership, roc, shadows
-from audit.experiments import FEWEST_OUTSIDERS, MembershipAttack
+from audit.evidence.experiments import FEWEST_OUTSIDERS, MembershipAttack
+from audit.laboratory import membership, shadows
+from audit.statistics import roc
 from protocol.plan import Plan
 from tasks.images import Examples, flatten
 from tasks.partition import digits
@@ -330,7 +331,7 @@ def test_a_dear_plan_is_attacked_with_unprotected_shadow_models(plan: Plan, publ
     assert targets.left_out == [(), ()]
 
 
-@pytest.mark.parametrize("module", ["audit.membership", "audit.inversion"])
+@pytest.mark.parametrize("module", ["audit.laboratory.membership", "audit.laboratory.inversion"])
 def test_attacks_have_no_way_to_an_owners_records_or_budget(module: str) -> None:
     ways = {
         "client.owner",

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from audit.crosscheck import CrossChecks, cross_checks, prv_epsilon
 from audit.outlook import Outlook, Point, listed_rounds, outlook
+from audit.statistics.crosscheck import CrossChecks, cross_checks, prv_epsilon
 from console.privacychart import svg, text_chart
 from console.privacywords import Passage, explain
 from protocol.accounting import Mechanism, calibrate, epsilon_after, require_target, worst_epsilon_after

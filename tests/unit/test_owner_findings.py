@@ -12,11 +12,11 @@ import pytest
 import torch
 from real_federation import small_plan
 
-from audit.collect import collect
-from audit.evidence import RunEvidence
-from audit.experiments import MechanismEvidence, OwnerFindings
-from audit.findings import sign_findings
-from audit.owner import find_run, ledger_table, owner_findings, read_findings, write_findings
+from audit.collecting.collect import collect
+from audit.collecting.owner import find_run, ledger_table, owner_findings, read_findings, write_findings
+from audit.evidence.experiments import MechanismEvidence, OwnerFindings
+from audit.evidence.findings import sign_findings
+from audit.evidence.run import RunEvidence
 from client.owner import Owner
 from crypto.signing import sign_bytes
 from protocol.encoding import encode

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import audit.selftest
-from audit.faults import FAULTS, Fault
-from audit.selftest import DEFAULT_RUNS, correct_run, plant, self_test, small_plan
+import audit.laboratory.selftest
+from audit.laboratory.faults import FAULTS, Fault
+from audit.laboratory.selftest import DEFAULT_RUNS, correct_run, plant, self_test, small_plan
 from fedseal import app
 
 NO_FAULT = Fault("nothing", "signatures", "forged-signature", nullcontext)
@@ -40,7 +40,7 @@ def test_what_nobody_notices_is_missed() -> None:
 def test_the_verb_tells_whether_all_faults_were_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: tuple[Fault, ...], status: int
 ) -> None:
-    monkeypatch.setattr(audit.selftest, "FAULTS", faults)
+    monkeypatch.setattr(audit.laboratory.selftest, "FAULTS", faults)
     file = tmp_path / "selftest.json"
     result = CliRunner().invoke(app, ["audit", "selftest", "--runs", "0", "--json", str(file)])
     assert result.exit_code == status

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from audit.checks.verdict import EXIT_CODES, SIMULATED, checks, exit_code, recompute, verdict
 from audit.report import build_report
-from audit.verdict import EXIT_CODES, SIMULATED, checks, exit_code, recompute, verdict
 from tests.unit.audit_evidence import NOW, evidence
 from tests.unit.audit_experiments import findings, lab
 

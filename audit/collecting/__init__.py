@@ -1,0 +1,1 @@
+"""How evidence is found: in the coordinator's home, at an owner's place, in files that may hold markers."""

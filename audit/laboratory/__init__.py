@@ -1,0 +1,1 @@
+"""What is tried on the code that is installed here: its mechanism, attacks on it, and planted faults."""
