@@ -128,8 +128,7 @@ def test_a_run_without_noise_fails_and_spells_infinity(tmp_path: Path) -> None:
     assert report["verdict"]["status"] == "FAIL"
     assert {claim["spent"]["epsilon"] for claim in report["claims"]} == {"inf"}
     assert verify_report(write_report(report, tmp_path)[0]) == report
-    assert "NaN" not in json.dumps(report)
-    assert "Infinity" not in json.dumps(report)
+    json.dumps(report, allow_nan=False)
 
 
 def test_a_run_that_hardly_began_has_a_report(tmp_path: Path) -> None:
