@@ -30,7 +30,7 @@ from protocol.plan import Plan
 from scenarios.bench_arms import Arm, Figures, Job, Metric, Size
 from scenarios.bench_targets import Entry, Run, Target, evaluate, median_of, ratio_of
 from scenarios.bench_worker import serve_arm
-from scenarios.demo import start_federation, wait_for_coordinator
+from scenarios.demo import start_federation, start_limit_s, wait_for_coordinator
 from scenarios.federation import Federation, PolicySettings, make_federation
 from scenarios.official_flower import ended_rounds, start_official, submit_official
 from scenarios.process_meter import ProcessMeter, Samples
@@ -255,7 +255,7 @@ def _followed(processes: Processes, federation: Federation, plan: Plan) -> Figur
         nodes = [pid for name, pid in pids.items() if name != "coordinator"]
         with ProcessMeter({"server": [pids["coordinator"]], "nodes": nodes}) as meter:
             submit(federation.server_home, store, federation.link())
-            follow(store, lambda _kind, _facts: None)
+            follow(store, lambda _kind, _facts: None, begin_s=start_limit_s(processes))
         ends, seconds = _ends(store)
         return _figures(meter.samples, ends, seconds)
     finally:

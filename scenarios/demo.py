@@ -25,7 +25,7 @@ from server.watch import Listener, follow
 from tasks.partition import digits, write_examples
 
 PLANS = Path(__file__).parent / "plans"
-_START_S, _POLL_S = 60.0, 0.1
+_START_S, _EACH_NODE_S, _POLL_S = 60.0, 5.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,12 @@ def run_demo(options: DemoOptions, listen: Listener) -> dict[str, Any]:
         wait_for_coordinator(processes, federation.server_home)
         listen("stage", {"text": "submitting the run"})
         submit(federation.server_home, store, federation.link())
-        follow(store, listen, coordinator_ended=lambda: "coordinator" in processes.ended())
+        follow(
+            store,
+            listen,
+            coordinator_ended=lambda: "coordinator" in processes.ended(),
+            begin_s=start_limit_s(processes),
+        )
     listen("stage", {"text": "compressing, packaging and signing the model"})
     key = release_key(federation.server_home, federation.server_passphrase)
     conclusion = conclude(
@@ -107,13 +112,18 @@ def start_owner(processes: Processes, owner: OwnerHome, port: int) -> int:
     )
 
 
+def start_limit_s(processes: Processes) -> float:
+    """Return how long one process may take to start beside all others, in seconds."""
+    return _START_S + _EACH_NODE_S * len(processes.pids())
+
+
 def wait_for_coordinator(processes: Processes, home: Path) -> None:
     """Wait until the coordinator says where it listens.
 
     Raises:
-        ServerUnavailable: It ended, or said nothing in a minute.
+        ServerUnavailable: It ended, or said nothing in the time that `start_limit_s` gives it.
     """
-    deadline = time.monotonic() + _START_S
+    deadline = time.monotonic() + start_limit_s(processes)
     while time.monotonic() < deadline:
         if "coordinator" in processes.ended():
             raise ServerUnavailable("the coordinator ended; see coordinator.log in the logs folder")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from protocol.errors import RunFailed, RunInterrupted, RunPaused, ServerUnavailable
 from server.app import note_interruption
 from server.store import RunStore
 
-_POLL_S, _BEGIN_S = 0.1, 60.0
+BEGIN_S: Final = 60.0
+"""How long a coordinator may take until it begins a run, in seconds."""
+
+_POLL_S: Final = 0.1
 Listener = Callable[[str, dict[str, Any]], None]
 
 
@@ -19,6 +22,7 @@ def follow(
     listen: Listener,
     after: int = 0,
     coordinator_ended: Callable[[], bool] = lambda: False,
+    begin_s: float = BEGIN_S,
 ) -> None:
     """Pass a run's events on until it has ended, however it ends.
 
@@ -27,14 +31,15 @@ def follow(
         listen: Called with kind and facts of each event.
         after: Last event that is not of interest any more.
         coordinator_ended: Tells whether the coordinator's process has ended, where somebody knows.
+        begin_s: How long the coordinator may take until it begins, in seconds.
 
     Raises:
         RunPaused: It waits for owners, or was stopped; it can be resumed.
         RunInterrupted: The process that carried it out is gone; it can be resumed.
         RunFailed: It ended before its last round for good.
-        ServerUnavailable: The coordinator did not begin it within a minute.
+        ServerUnavailable: The coordinator did not begin it within `begin_s`.
     """
-    deadline = time.monotonic() + _BEGIN_S
+    deadline = time.monotonic() + begin_s
     while True:
         # the state is read before the events, so that none of an ended run is missed
         state, ended = store.get("state"), coordinator_ended()
@@ -50,7 +55,7 @@ def follow(
         if state == "running":
             note_interruption(store)
         elif time.monotonic() > deadline:
-            raise ServerUnavailable("the coordinator did not begin the run in a minute")
+            raise ServerUnavailable(f"the coordinator did not begin the run in {begin_s:.0f} s")
         time.sleep(_POLL_S)
 
 
