@@ -134,6 +134,9 @@ def bench(
     peers: Annotated[
         Path | None, typer.Option(help="Folder with an environment per peer: nvflare/bin/python.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted measurement.")
+    ] = False,
 ) -> None:
     """Measure fedseal beside other systems, interleaved, by CPU time, bytes and memory."""
     from scenarios.bench import DEFAULT_SIZES, run_benchmark
@@ -141,7 +144,7 @@ def bench(
 
     length, cohort = DEFAULT_SIZES[name]
     settings = Settings(parameters or [length], clients or [cohort], repeat, peer_python, peers)
-    run_benchmark(console, name, settings, file)
+    run_benchmark(console, name, settings, file, resume=resume)
 
 
 # --- parties -----------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from protocol.errors import BenchmarkFailed
-from scenarios.bench_arms import ArmProcess, Figures, Job, Settings
+from scenarios.bench_arms import ArmProcess, Job, Settings
+from scenarios.bench_parts import Parts, RunPart
 from scenarios.bench_targets import targets_table
 
 _PACKAGES: Final = ("fedseal", "numpy", "tenseal", "flwr", "cryptography", "zstandard")
@@ -49,11 +50,21 @@ DEFAULT_SIZES: Final = {
 """Length of an update and number of clients, where a person names none."""
 
 
-def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, file: Path) -> None:
+def run_benchmark(
+    console: Console, name: BenchmarkName, settings: Settings, file: Path, *, resume: bool = False
+) -> None:
     """Run a benchmark in all sizes, write its report as JSON, print a table per size and one of targets.
 
+    Args:
+        console: Where progress, tables and targets are shown.
+        name: Which benchmark.
+        settings: What a person chose.
+        file: The report; until it is written, what was measured lies beside it.
+        resume: Go on with what an interrupted call with the same settings measured, if there is any.
+
     Raises:
-        BenchmarkFailed: An arm of our own ended, or the file cannot be written.
+        BenchmarkFailed: An arm of our own ended, the file cannot be written, or an interrupted measurement
+            lies beside it that is not to be gone on with or does not fit.
         CapacityExceeded: A size is beyond what a preset holds; nothing was measured then.
         PeerUnusable: The peer's environment does not hold what the benchmark needs.
     """
@@ -62,6 +73,7 @@ def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, fil
 
     if file.is_dir() or not file.parent.is_dir():
         raise BenchmarkFailed("--json must name a file in a folder that exists")
+    parts = Parts(file, _same(name, settings), resume=resume)
     with tempfile.TemporaryDirectory(prefix="fedseal-bench-") as folder:
         if name is BenchmarkName.SEAL:
             bench_seal.require_capacity(settings.sizes)
@@ -77,14 +89,19 @@ def run_benchmark(console: Console, name: BenchmarkName, settings: Settings, fil
             evaluate = bench_privacy.evaluate_privacy
             jobs = (bench_privacy.build() for _ in range(1))
         runs = []
-        with console.status("starting the arms") as status:
-            for job in jobs:
-                runs.append(run_job(job, settings.repetitions, status.update))
+        try:
+            with console.status("starting the arms") as status:
+                for index, job in enumerate(jobs):
+                    runs.append(run_job(job, settings.repetitions, status.update, parts.run(index)))
+        except KeyboardInterrupt:
+            console.print("whole repetitions are kept: the same command with --resume goes on")
+            raise
     report = make_report(name.value, settings, runs, evaluate(runs))
     try:
         file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError:
         raise BenchmarkFailed("the file that --json names cannot be written") from None
+    parts.remove()
     for run in runs:
         console.print(table(name.value, run))
     for line in legend(report):
@@ -109,7 +126,12 @@ def make_report(
     }
 
 
-def run_job(job: Job, repetitions: int, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run_job(
+    job: Job,
+    repetitions: int,
+    progress: Callable[[str], None] = lambda _: None,
+    part: RunPart | None = None,
+) -> dict[str, Any]:
     """Measure all arms, interleaved, and return the run, a JSON value.
 
     All arms are started first, so that a peer that cannot be used ends the run before anything is measured.
@@ -120,38 +142,44 @@ def run_job(job: Job, repetitions: int, progress: Callable[[str], None] = lambda
         job: What to measure.
         repetitions: Measurements of every arm.
         progress: Told in one line what is measured next.
+        part: What was measured before an interruption; what is measured now is added to it.
     """
-    load_start = list(os.getloadavg())
-    samples: dict[str, list[Figures]] = {arm.key: [] for arm in job.arms}
-    order = []
+    part = RunPart() if part is None else part
+    if len(part.samples) < repetitions:
+        _measure(job, repetitions, progress, part)
+    return {
+        "settings": {**job.settings, "repetitions": repetitions},
+        **job.facts,
+        "load_average_start": part.sessions[0]["load_average_start"],
+        "load_average_end": part.sessions[-1]["load_average_end"],
+        "sessions": part.sessions,
+        "references": dict(job.references),
+        "metrics": [asdict(metric) for metric in job.metrics],
+        "order": [key for repetition in part.samples for key in repetition],
+        "arms": _arms(job, part),
+        "notes": list(job.notes),
+    }
+
+
+def _measure(job: Job, repetitions: int, progress: Callable[[str], None], part: RunPart) -> None:
+    """Measure what is missing."""
+    part.begin()
     with ExitStack() as stack:
         # peers first: one that cannot be used is known in a moment, our own arms take seconds to load
         peers_first = sorted(job.arms, key=lambda arm: not arm.peer)
         started = {arm.key: stack.enter_context(ArmProcess(arm)) for arm in peers_first}
         processes = [started[arm.key] for arm in job.arms]
-        rehearsals = {}
+        part.ready = {process.arm.key: process.ready for process in processes}
         for process in processes:
             progress(f"rehearsal: {process.arm.label}")
             figures = process.measure({**job.request, "rehearsal": True})
-            rehearsals[process.arm.key] = figures | job.judge()
-        for repetition in range(1, repetitions + 1):
+            part.rehearsals[process.arm.key] = figures | job.judge()
+        for number in range(len(part.samples) + 1, repetitions + 1):
+            repetition = {}
             for process in processes:
-                progress(f"repetition {repetition} of {repetitions}: {process.arm.label}")
-                figures = process.measure(job.request)
-                samples[process.arm.key].append(figures | job.judge())
-                order.append(process.arm.key)
-        ready = [process.ready for process in processes]
-    return {
-        "settings": {**job.settings, "repetitions": repetitions},
-        **job.facts,
-        "load_average_start": load_start,
-        "load_average_end": list(os.getloadavg()),
-        "references": dict(job.references),
-        "metrics": [asdict(metric) for metric in job.metrics],
-        "order": order,
-        "arms": _arms(job, samples, rehearsals, ready),
-        "notes": list(job.notes),
-    }
+                progress(f"repetition {number} of {repetitions}: {process.arm.label}")
+                repetition[process.arm.key] = process.measure(job.request) | job.judge()
+            part.add(repetition)
 
 
 def summarize(values: Sequence[float | None]) -> dict[str, float] | None:
@@ -183,31 +211,51 @@ def table(name: str, run: Mapping[str, Any]) -> Table:
 def legend(report: Mapping[str, Any]) -> list[str]:
     """Return what must stand below the tables: where, when and what was measured."""
     machine, runs = report["machine"], report["runs"]
-    loads = [run[key][0] for run in runs for key in ("load_average_start", "load_average_end")]
+    sessions = [session for run in runs for session in run["sessions"]]
+    loads = [session[key][0] for session in sessions for key in ("load_average_start", "load_average_end")]
     return [
         f"{report['date']}, {machine['cpu_model']}, {machine['cores']} cores,"
         f" load {min(loads):.1f} to {max(loads):.1f}",
+        *(interruption(run) for run in runs if len(run["sessions"]) > 1),
         *(f"{a['label']}: {a['description']} ({_named(a['versions'])})" for a in runs[0]["arms"]),
         *dict.fromkeys(note for run in runs for note in run["notes"]),
     ]
+
+
+def interruption(run: Mapping[str, Any]) -> str:
+    """Return the line that says in which sessions a run was measured."""
+    when = ", ".join(f"{session['repetitions']} from {session['begun']}" for session in run["sessions"])
+    return f"Interrupted and resumed; repetitions, each of all programs in turn: {when}."
+
+
+def _same(name: BenchmarkName, settings: Settings) -> dict[str, Any]:
+    """Return what must be the same when a measurement goes on."""
+    return {
+        "benchmark": name.value,
+        "settings": [
+            list(settings.parameters),
+            list(settings.clients),
+            settings.repetitions,
+            str(settings.peer),
+        ],
+        "machine": _machine(),
+        "versions": _versions(),
+    }
 
 
 def _named(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _arms(
-    job: Job,
-    samples: Mapping[str, Sequence[Figures]],
-    rehearsals: Mapping[str, Figures],
-    ready: Sequence[Mapping[str, Any]],
-) -> list[dict[str, Any]]:
+def _arms(job: Job, part: RunPart) -> list[dict[str, Any]]:
     arms: list[dict[str, Any]] = []
-    for arm, first_line in zip(job.arms, ready, strict=True):
+    for arm in job.arms:
+        first_line = part.ready[arm.key]
+        samples = [repetition[arm.key] for repetition in part.samples]
         columns = {
             metric.key: [
                 figures.get(metric.key)
-                for figures in ([rehearsals[arm.key]] if metric.rehearsed else samples[arm.key])
+                for figures in ([part.rehearsals[arm.key]] if metric.rehearsed else samples)
             ]
             for metric in job.metrics
         }

@@ -61,6 +61,11 @@ ARM = {
     },
 }
 LOADS = {"type": "array", "items": {"type": "number"}, "minItems": 3}
+SESSION = {
+    "type": "object",
+    "required": ["begun", "repetitions", "load_average_start", "load_average_end"],
+    "properties": {"load_average_start": LOADS, "load_average_end": LOADS},
+}
 RUN = {
     "type": "object",
     "additionalProperties": False,
@@ -69,6 +74,7 @@ RUN = {
         "sum_checked": {"type": "boolean"},
         "load_average_start": LOADS,
         "load_average_end": LOADS,
+        "sessions": {"type": "array", "minItems": 1, "items": SESSION},
         "references": {"type": "object", "additionalProperties": {"type": "number"}},
         "metrics": {"type": "array", "minItems": 10, "items": {"required": ["key", "label"]}},
         "order": {"type": "array", "items": {"type": "string"}},
