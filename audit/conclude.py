@@ -16,7 +16,7 @@ from deploy.build import build_package, synthetic_inputs
 from deploy.statement import PrivacyStatement
 from protocol.accounting import epsilon_after, worst_epsilon_after
 from protocol.errors import RunFailed
-from server.app import PUBLIC_DATA
+from server.home import PUBLIC_DATA
 from server.store import RunStore
 from tasks.images import unflatten
 from tasks.registry import task_for

@@ -79,7 +79,7 @@ def _audit_run(console: Console, options: AuditOptions) -> int:
     from audit.collecting.owner import read_findings
     from audit.report import build_report
     from scenarios.audits import audit_finished
-    from server.app import PUBLIC_DATA
+    from server.home import PUBLIC_DATA
 
     home, store = _opened(options)
     try:
@@ -103,7 +103,7 @@ def _key(home: Path, options: AuditOptions) -> Ed25519PrivateKey:
 def _opened(options: AuditOptions) -> tuple[Path, RunStore]:
     """Return the coordinator's home and the run that are meant."""
     from server.home import RUNS
-    from server.submit import open_run
+    from server.runs import open_run
 
     subject, home = options.subject, options.home
     if home is None and subject.is_dir() and subject.resolve().parent.name == RUNS:

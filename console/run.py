@@ -29,8 +29,9 @@ def begin_run(
     link: ControlLink,
 ) -> None:
     """Submit a plan as a new run and see it through."""
+    from server.addresses import read_addresses
     from server.release import release_key
-    from server.submit import prepare_run, read_addresses, submit
+    from server.submit import prepare_run, submit
 
     read_addresses(home)
     key = release_key(home, passphrase)
@@ -45,9 +46,9 @@ def resume_run(
     console: Console, home: Path, run: str, out: Path | None, passphrase: bytes, link: ControlLink
 ) -> None:
     """Go on with a run after its last finished round, or only follow it where it is under way."""
-    from server.app import note_interruption
     from server.release import release_key
-    from server.submit import open_run, submit
+    from server.runs import note_interruption, open_run
+    from server.submit import submit
     from server.watch import last_event
 
     store = open_run(home, run)

@@ -15,7 +15,8 @@ from client.training import local_update
 from protocol.accounting import epsilon_after
 from protocol.optimizers import GlobalModel, apply_update
 from protocol.plan import Plan
-from server.app import PUBLIC_DATA, evaluator
+from server.app import evaluator
+from server.home import PUBLIC_DATA
 from server.store import RunStore, now_text
 from tasks.images import Examples
 from tasks.registry import task_for

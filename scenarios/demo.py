@@ -17,10 +17,11 @@ from protocol.errors import ServerUnavailable
 from protocol.plan import Plan
 from scenarios.federation import Federation, OwnerHome, make_federation
 from scenarios.processes import Processes
+from server.addresses import read_addresses
 from server.process import free_port
 from server.release import release_key
 from server.store import RunStore
-from server.submit import prepare_run, read_addresses, submit
+from server.submit import prepare_run, submit
 from server.watch import Listener, follow
 from tasks.partition import digits, write_examples
 

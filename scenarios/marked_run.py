@@ -34,7 +34,7 @@ from scenarios.apart import ENDED, Apart, Frame, start_apart
 from scenarios.grid import LocalGrid
 from scenarios.marked import Marked, make_marked
 from scenarios.processes import Processes
-from server.app import note_interruption
+from server.runs import note_interruption
 from server.store import RunStore
 
 SEED_BYTES = 64

@@ -31,11 +31,11 @@ from protocol.environment import prepare_environment
 from protocol.errors import RunFailed
 from protocol.plan import Plan
 from protocol.records import from_record, to_record
-from server.app import open_run_folder
 from server.exchange import Exchanger, Request
 from server.flower import control as flower_control
 from server.listeners.launcher import ListenerOptions
 from server.process import run_server
+from server.runs import open_run_folder
 from server.store import RunStore
 from tasks.images import Examples, flatten, unflatten
 from tasks.registry import task_for

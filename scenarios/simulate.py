@@ -20,8 +20,8 @@ from protocol.plan import Plan, first_problem, toml_fields
 from scenarios.central import CentralTraining, prepare_central
 from scenarios.federation import PolicySettings, make_federation
 from scenarios.grid import LocalGrid
-from server.app import PUBLIC_DATA, run_plan
-from server.home import IDENTITY
+from server.app import run_plan
+from server.home import IDENTITY, PUBLIC_DATA
 from server.store import RunStore
 from tasks.partition import Shard, digits, fashion_mnist, write_examples
 from tasks.registry import task_for

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -16,20 +15,19 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from crypto.auditlog import FOLDER, AuditLog
 from crypto.trust import Trust, load_trust
-from protocol.errors import FedsealError, RunFailed, RunInterrupted, ServerUnavailable
+from protocol.errors import FedsealError, RunFailed, ServerUnavailable
 from protocol.evaluation import run_epsilon
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
+from server.home import HOME_VARIABLE, PUBLIC_DATA
+from server.runs import open_run_folder, record_end
 from server.store import RESUMABLE, RunStore, now_text
-from server.strategy import Evaluate, SealStrategy, paused_or_failed
+from server.strategy import Evaluate, SealStrategy
 from tasks.images import unflatten
 from tasks.registry import task_for
 
 _LOG = logging.getLogger("fedseal.server")
-HOME_VARIABLE = "FEDSEAL_SERVER_HOME"
-PUBLIC_DATA = "public.npz"
 _PARENT_CHECK_S = 0.2
 _CLAIM_WAIT_S = 15.0
 
@@ -75,46 +73,16 @@ def run_plan(
     try:
         SealStrategy(store, initial, evaluate, trust).start(grid)
     except FedsealError as error:
-        _record_end(store, error)
+        record_end(store, error)
         raise
     finally:
         store.set("loaded_secret_modules", secret_modules())
-
-
-def _record_end(store: RunStore, error: FedsealError) -> None:
-    state = paused_or_failed(error)
-    with store.transaction():
-        store.set("state", state)
-        store.set("problem", {"code": error.code, "detail": str(error), "text": error.explain()})
-        store.set("finished_at", now_text())
-        store.event("ended", state=state, code=error.code)
-
-
-def note_interruption(store: RunStore) -> None:
-    """Record a run as paused that says it is running although no process carries it out any more."""
-    if store.get("state") == "running" and not store.is_carried_out():
-        _record_end(store, RunInterrupted())
 
 
 def secret_modules() -> list[str]:
     """Return the modules of this process that could use a secret encryption key; it must be none."""
     using = ("crypto.measuring", "crypto.secret", "crypto.sealing", "client.opening", "client.rounds")
     return sorted(name for name in sys.modules if name in using)
-
-
-def open_run_folder(name: str) -> RunStore:
-    """Open a run folder of this coordinator by its name.
-
-    Raises:
-        RunFailed: The name is not one of a folder below the coordinator's home.
-    """
-    home = os.environ.get(HOME_VARIABLE, "")
-    if not home or not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,90}", name):
-        raise RunFailed("the run's configuration names no run of this coordinator")
-    folder = Path(home) / "runs" / name
-    if not folder.is_dir():
-        raise RunFailed("the run's configuration names no run of this coordinator")
-    return RunStore(folder, AuditLog(Path(home) / FOLDER))
 
 
 def _end_with_parent(folder: Path) -> None:
@@ -129,7 +97,7 @@ def _end_with_parent(folder: Path) -> None:
             time.sleep(_PARENT_CHECK_S)
         store = open_run_folder(folder.name)
         if store.get("state") == "running":
-            _record_end(store, ServerUnavailable("the coordinator was stopped during the run"))
+            record_end(store, ServerUnavailable("the coordinator was stopped during the run"))
         store.close()
         os._exit(ServerUnavailable.exit_code)
 

@@ -18,3 +18,8 @@ OPERATOR: Final = "operator"
 MEMBERS: Final = "members"
 RUNS: Final = "runs"
 ADDRESSES: Final = "addresses.json"
+PUBLIC_DATA: Final = "public.npz"
+"""In a run's folder: examples that the coordinator may evaluate on."""
+
+HOME_VARIABLE: Final = "FEDSEAL_SERVER_HOME"
+"""Environment variable that tells a run's process where the home is."""

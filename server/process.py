@@ -15,11 +15,10 @@ from crypto.locks import alone_in
 from crypto.trust import load_trust
 from protocol.environment import return_large_memory
 from protocol.errors import CertificateRefused
-from server.app import HOME_VARIABLE
+from server.addresses import Addresses, forget_addresses, write_addresses
 from server.flower.superlink import SuperLinkOptions
-from server.home import IDENTITY, MEMBERS
+from server.home import HOME_VARIABLE, IDENTITY, MEMBERS
 from server.listeners.launcher import Coordinator, ListenerOptions, serve
-from server.submit import Addresses, forget_addresses, write_addresses
 
 
 def run_server(

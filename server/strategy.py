@@ -263,8 +263,3 @@ class SealStrategy(Strategy):
     def _record_members(self, session: ServerSession) -> None:
         for member in session.members.values():
             self._store.put_owner(member.fingerprint, member.facts())
-
-
-def paused_or_failed(error: FedsealError) -> str:
-    """Return the state of a run that an error ended; going on after any other than a final one is safe."""
-    return "failed" if isinstance(error, RunFailed) else "paused"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from crypto.vault import write_private
-from protocol.encoding import decode, digest_bytes, encode
-from protocol.errors import EncodingInvalid, RunBusy, RunFailed, ServerUnavailable
+from protocol.encoding import digest_bytes
+from protocol.errors import RunBusy, RunFailed, ServerUnavailable
 from protocol.plan import Plan
-from server.app import PUBLIC_DATA
-from server.home import ADDRESSES, IDENTITY, RUNS
+from server.addresses import reachable_host, read_addresses
+from server.home import IDENTITY, PUBLIC_DATA, RUNS
 from server.listeners.control import ControlLink
 from server.probe import probe_listener
 from server.store import RESUMABLE, RunStore, now_text
@@ -50,60 +48,6 @@ def prepare_run(home: Path, plan: Plan, public_data: Path | None) -> RunStore:
     return store
 
 
-def open_run(home: Path, run: str) -> RunStore:
-    """Open the folder of an earlier run.
-
-    Args:
-        home: The coordinator's home.
-        run: Name of the folder, or a path to it.
-
-    Raises:
-        RunFailed: There is no such run.
-    """
-    folder = home / RUNS / Path(run).name
-    if not (folder / "run.db").is_file():
-        raise RunFailed("there is no such run below this home; fedseal runs lists them")
-    return RunStore(folder)
-
-
-@dataclass(frozen=True)
-class Addresses:
-    """Where a running coordinator listens.
-
-    Attributes:
-        runtime_port: Loopback port of the API for the run's own process.
-        host: Host of the fleet listener.
-        port: Port of the fleet listener.
-    """
-
-    runtime_port: int
-    host: str
-    port: int
-
-
-def write_addresses(home: Path, addresses: Addresses) -> None:
-    """Note where this coordinator listens, for `fedseal run` on the same machine."""
-    write_private(home / ADDRESSES, encode(asdict(addresses)))
-
-
-def forget_addresses(home: Path) -> None:
-    """Remove the note; no coordinator runs from this home now."""
-    (home / ADDRESSES).unlink(missing_ok=True)
-
-
-def read_addresses(home: Path) -> Addresses:
-    """Return where the coordinator of this home listens.
-
-    Raises:
-        ServerUnavailable: No coordinator was started from it.
-    """
-    try:
-        fields = decode((home / ADDRESSES).read_bytes())
-        return Addresses(int(fields["runtime_port"]), str(fields["host"]), int(fields["port"]))
-    except (OSError, KeyError, TypeError, ValueError, EncodingInvalid):
-        raise ServerUnavailable("no coordinator was started from this home folder") from None
-
-
 def submit(home: Path, store: RunStore, link: ControlLink) -> int:
     """Ask the coordinator, as an operator, to begin or resume a run; returns Flower's run id.
 
@@ -119,14 +63,6 @@ def submit(home: Path, store: RunStore, link: ControlLink) -> int:
     _record_listener(home, store)
     store.set("state", "submitted")
     return link.start(store.folder.name)
-
-
-def reachable_host(bound: str) -> str:
-    """Return an address of this machine for a listener that may be bound to all of them."""
-    try:
-        return "127.0.0.1" if ipaddress.ip_address(bound).is_unspecified else bound
-    except ValueError:
-        return bound
 
 
 def _record_listener(home: Path, store: RunStore) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from protocol.errors import RunFailed, RunInterrupted, RunPaused, ServerUnavailable
-from server.app import note_interruption
+from server.runs import note_interruption
 from server.store import RunStore
 
 BEGIN_S: Final = 60.0

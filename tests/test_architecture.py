@@ -1,6 +1,8 @@
 """The house as it is built: who may import whom, and what occurs nowhere."""
 
 import ast
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -200,6 +202,16 @@ def test_the_protocol_needs_no_torch(module: str) -> None:
     heavy = {"torch", "opacus", "tenseal"}
     for name in loaded(module):
         assert not {package_of(imported) for imported in all_imports(name)} & heavy
+
+
+def test_what_listens_and_what_watches_load_no_torch() -> None:
+    """Only the process that carries a run out does; a coordinator waits for weeks, and torch is large."""
+    modules = "server.process, server.watch, server.runs, server.addresses"
+    code = f"import sys, {modules}; print(sorted({{'torch', 'opacus', 'scipy'}} & sys.modules.keys()))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert shown.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("package", ORDER)

@@ -19,8 +19,9 @@ from steps import OWNERS
 from protocol.plan import Plan
 from scenarios.demo import wait_for_coordinator
 from scenarios.federation import DATA
+from server.addresses import read_addresses
 from server.store import RunStore
-from server.submit import read_addresses, submit
+from server.submit import submit
 from tasks.registry import task_for
 
 KILLER = Path(__file__).parent / "killer"

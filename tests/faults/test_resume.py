@@ -37,11 +37,11 @@ from protocol.errors import (
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 from scenarios.federation import Federation, make_federation
-from server.app import note_interruption
 from server.exchange import Exchanger
+from server.home import IDENTITY
 from server.rounds.attempts import Attempt
 from server.rounds.runner import RoundRunner
-from server.submit import IDENTITY
+from server.runs import note_interruption
 from tasks.partition import digits
 from tasks.resolve import resolve
 

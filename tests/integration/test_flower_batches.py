@@ -34,7 +34,7 @@ from protocol.batches import (
     join_batch,
     split_batch,
 )
-from server.submit import read_addresses
+from server.addresses import read_addresses
 
 OWNER = "owner-1"
 PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}

@@ -19,9 +19,8 @@ from protocol.errors import (
     RunPaused,
     ServerUnavailable,
 )
-from server.app import note_interruption
+from server.runs import note_interruption, open_run
 from server.store import RunStore
-from server.submit import open_run
 from server.watch import follow, last_event
 
 
