@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -27,7 +27,7 @@ from rich.table import Table
 from protocol.errors import BenchmarkFailed
 from scenarios.bench_arms import ArmProcess, Job, Settings
 from scenarios.bench_parts import Parts, RunPart
-from scenarios.bench_targets import targets_table
+from scenarios.bench_targets import Entry, Run, targets_table
 
 _PACKAGES: Final = ("fedseal", "numpy", "tenseal", "flwr", "cryptography", "zstandard")
 
@@ -68,26 +68,11 @@ def run_benchmark(
         CapacityExceeded: A size is beyond what a preset holds; nothing was measured then.
         PeerUnusable: The peer's environment does not hold what the benchmark needs.
     """
-    # imported here: the command line shows its help without numpy and the encryption library
-    from scenarios import bench_audit, bench_privacy, bench_round, bench_seal, bench_seal_targets
-
     if file.is_dir() or not file.parent.is_dir():
         raise BenchmarkFailed("--json must name a file in a folder that exists")
     parts = Parts(file, _same(name, settings), resume=resume)
     with tempfile.TemporaryDirectory(prefix="fedseal-bench-") as folder:
-        if name is BenchmarkName.SEAL:
-            bench_seal.require_capacity(settings.sizes)
-            evaluate = bench_seal_targets.evaluate_seal
-            jobs = (bench_seal.build(size, settings.peer, Path(folder)) for size in settings.sizes)
-        elif name is BenchmarkName.ROUND:
-            evaluate = bench_round.evaluate_round
-            jobs = (bench_round.build(size) for size in settings.sizes)
-        elif name is BenchmarkName.AUDIT:
-            evaluate = bench_audit.evaluate_audit
-            jobs = (bench_audit.build() for _ in range(1))
-        else:
-            evaluate = bench_privacy.evaluate_privacy
-            jobs = (bench_privacy.build() for _ in range(1))
+        jobs, evaluate = _prepared(name, settings, Path(folder))
         runs = []
         try:
             with console.status("starting the arms") as status:
@@ -108,6 +93,33 @@ def run_benchmark(
         console.print(line, markup=False)
     console.print()
     console.print(targets_table(report["targets"]))
+
+
+def _prepared(
+    name: BenchmarkName, settings: Settings, folder: Path
+) -> tuple[Iterable[Job], Callable[[Sequence[Run]], dict[str, Entry]]]:
+    """Return a benchmark's jobs, one per size, and what judges their runs.
+
+    Only the chosen one is imported, here: each loads libraries for seconds, and the command line shows its
+    help without any.
+    """
+    if name is BenchmarkName.SEAL:
+        from scenarios import bench_seal, bench_seal_targets
+
+        bench_seal.require_capacity(settings.sizes)
+        jobs = (bench_seal.build(size, settings.peer, folder) for size in settings.sizes)
+        return jobs, bench_seal_targets.evaluate_seal
+    if name is BenchmarkName.ROUND:
+        from scenarios import bench_round
+
+        return (bench_round.build(size) for size in settings.sizes), bench_round.evaluate_round
+    if name is BenchmarkName.AUDIT:
+        from scenarios import bench_audit
+
+        return (bench_audit.build() for _ in range(1)), bench_audit.evaluate_audit
+    from scenarios import bench_privacy
+
+    return (bench_privacy.build() for _ in range(1)), bench_privacy.evaluate_privacy
 
 
 def make_report(
