@@ -23,6 +23,7 @@ from scenarios.bench_round import (
     hidden_widths,
     owners_work,
     plan_for,
+    rehearsed,
     shards,
 )
 from scenarios.bench_targets import targets_table
@@ -77,6 +78,17 @@ def test_two_owners_are_too_few() -> None:
 
 
 # --- targets -----------------------------------------------------------------------------------------
+
+
+def test_a_rehearsal_takes_the_fewest_owners_and_a_measurement_all() -> None:
+    asked: list[Any] = []
+    arm = rehearsed(lambda request: asked.append(dict(request)) or {})  # type: ignore[func-returns-value]
+    arm({"parameters": 10_000_000, "clients": 30, "rehearsal": True})
+    arm({"parameters": 10_000_000, "clients": 30})
+    assert asked == [
+        {"parameters": 10_000, "clients": 3, "rehearsal": True},
+        {"parameters": 10_000_000, "clients": 30},
+    ]
 
 
 def made_run(parameters: int, clients: int, **medians: Any) -> dict[str, Any]:
