@@ -134,6 +134,9 @@ def bench(
     peers: Annotated[
         Path | None, typer.Option(help="Folder with an environment per peer: nvflare/bin/python.")
     ] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="Program that is not measured; may be repeated.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted measurement.")
     ] = False,
@@ -143,7 +146,9 @@ def bench(
     from scenarios.bench_arms import Settings
 
     length, cohort = DEFAULT_SIZES[name]
-    settings = Settings(parameters or [length], clients or [cohort], repeat, peer_python, peers)
+    settings = Settings(
+        parameters or [length], clients or [cohort], repeat, peer_python, peers, tuple(leave_out or ())
+    )
     run_benchmark(console, name, settings, file, resume=resume)
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from protocol.errors import BenchmarkFailed
-from scenarios.bench_arms import ArmProcess, Job, Settings
+from scenarios.bench_arms import ArmProcess, Job, Settings, without
 from scenarios.bench_parts import Parts, RunPart
 from scenarios.bench_targets import Entry, Run, targets_table
 
@@ -76,7 +76,8 @@ def run_benchmark(
         runs = []
         try:
             with console.status("starting the arms") as status:
-                for index, job in enumerate(jobs):
+                for index, complete in enumerate(jobs):
+                    job = without(complete, settings.leave_out)
                     runs.append(run_job(job, settings.repetitions, status.update, parts.run(index)))
         except KeyboardInterrupt:
             console.print("whole repetitions are kept: the same command with --resume goes on")
@@ -249,6 +250,7 @@ def _same(name: BenchmarkName, settings: Settings) -> dict[str, Any]:
             list(settings.clients),
             settings.repetitions,
             str(settings.peer),
+            sorted(settings.leave_out),
         ],
         "machine": _machine(),
         "versions": _versions(),

@@ -14,7 +14,7 @@ import select
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self, cast
@@ -55,6 +55,7 @@ class Settings:
         repetitions: Measurements of every arm, at least `MIN_REPETITIONS`.
         peer_python: Python of another environment that holds a peer, or None to leave that peer out.
         peers: Folder with an environment per peer, ``nvflare/bin/python``; the other way to name it.
+        leave_out: Keys of arms that are not measured.
 
     Raises:
         BenchmarkFailed: A number is too small, or the peer is named in both ways.
@@ -66,6 +67,7 @@ class Settings:
     repetitions: int = MIN_REPETITIONS
     peer_python: Path | None = None
     peers: Path | None = None
+    leave_out: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if min(self.parameters) < 1 or min(self.clients) < 2 or self.repetitions < MIN_REPETITIONS:
@@ -155,6 +157,23 @@ class Job:
     facts: Mapping[str, object]
     references: Mapping[str, float]
     notes: Sequence[str]
+
+
+def without(job: Job, keys: Sequence[str]) -> Job:
+    """Return a job without some of its arms; its notes say which are left out.
+
+    Raises:
+        BenchmarkFailed: The job has no such arm, or it is the first, with which the others are compared.
+    """
+    others = {arm.key: arm.label for arm in job.arms[1:]}
+    for key in keys:
+        if key not in others:
+            raise BenchmarkFailed(f"--leave-out takes {' or '.join(others)} here")
+    if not keys:
+        return job
+    left_out = ", ".join(label for key, label in others.items() if key in keys)
+    arms = [arm for arm in job.arms if arm.key not in keys]
+    return replace(job, arms=arms, notes=[*job.notes, f"Left out on request: {left_out}."])
 
 
 class ArmProcess:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from protocol.errors import BenchmarkFailed, FedsealError, PeerUnusable
 from scenarios.bench import BenchmarkName, run_benchmark, run_job, summarize
-from scenarios.bench_arms import Arm, ArmProcess, Job, Metric, Settings, Size
+from scenarios.bench_arms import Arm, ArmProcess, Job, Metric, Settings, Size, without
 
 ROOT = Path(__file__).parents[2]
 PEER_SCRIPT = ROOT / "scenarios" / "peers" / "nvflare_seal.py"
@@ -83,6 +83,15 @@ def test_samples_are_kept_and_summarized(tmp_path: Path) -> None:
     assert first["ratio"] == {"cost": 1.0, "none": None}
     assert first["summary"]["judged"]["median"] == 1.0
     assert summarize([]) is None
+
+
+def test_arms_can_be_left_out_and_the_result_says_so(tmp_path: Path) -> None:
+    result = run_job(without(fake_job(tmp_path), ["b"]), 5)
+    assert result["order"] == ["a", "c"] * 5
+    assert result["notes"] == ["a note", "Left out on request: b."]
+    for keys in (["a"], ["d"], ["b", "d"]):
+        with pytest.raises(BenchmarkFailed, match="--leave-out takes b or c here"):
+            without(fake_job(tmp_path), keys)
 
 
 def test_no_process_is_left(tmp_path: Path) -> None:
