@@ -135,7 +135,11 @@ def killed_coordinator(killing: Killing, step: str, *, whole: bool, restart: boo
     store = real.submit(killing.plan(plan_name(step)))
     wait_until(lambda: killing.carried_out("server"), STEP_S, "the step")
     if whole:
-        wait_until(lambda: set(real.living()) <= nodes, 30, f"no process is left behind: {real.living()}")
+
+        def left() -> str:
+            return f"no process is left behind: {set(real.living()) - nodes}"
+
+        wait_until(lambda: set(real.living()) <= nodes, 30, left)
         if restart:
             killing.restart_coordinator()
     else:

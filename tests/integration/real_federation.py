@@ -69,7 +69,7 @@ def small_plan(**sections: dict[str, Any]) -> Plan:
     return Plan.from_fields(plan_fields(**sections))
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+def wait_until(condition: Callable[[], Any], timeout_s: float, what: str | Callable[[], str]) -> Any:
     """Return the first true value of a condition; a test fails if there is none in time."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -77,7 +77,7 @@ def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any
         if value:
             return value
         time.sleep(_POLL_S)
-    pytest.fail(f"not within {timeout_s:g} s: {what}")
+    pytest.fail(f"not within {timeout_s:g} s: {what if isinstance(what, str) else what()}")
 
 
 def living(mark: str) -> dict[int, list[str]]:
@@ -236,7 +236,7 @@ def federation_of(
                 for store in real.stores:
                     store.close()
     finally:
-        wait_until(lambda: not living(mark), STOP_S, f"the end of all processes: {living(mark)}")
+        wait_until(lambda: not living(mark), STOP_S, lambda: f"the end of all processes: {living(mark)}")
 
 
 def _with_owners(made: Federation, owners: Iterable[OwnerHome]) -> Federation:

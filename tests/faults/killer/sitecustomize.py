@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,8 +37,11 @@ class Kill:
         if step != self._step:
             return
         self._file.unlink()
-        for pid in (*map(int, others), os.getpid()):
-            os.kill(pid, signal.SIGKILL)
+        for pid in map(int, others):
+            # the process of the run before may have ended since it was named
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Setter:
