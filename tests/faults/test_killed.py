@@ -161,7 +161,7 @@ def test_a_run_whose_nodes_are_all_gone_pauses_in_time_and_goes_on(killing: Kill
         real.processes.kill(home.name)
     started, finished = time.monotonic(), store.finished_rounds()
     assert finished < 3, "they were killed in time"
-    wait_until(lambda: store.get("state") == "paused", STEP_S, f"a pause; {real.logs()}")
+    wait_until(lambda: store.get("state") == "paused", STEP_S, lambda: f"a pause; {real.logs()}")
     # an attempt that is under way ends by its deadlines, and then the run waits once
     assert time.monotonic() - started < 3 * 10 + 10 + 20
     assert store.get("problem")["code"] == QuorumNotMet.code

@@ -41,7 +41,7 @@ def begin(killing: Killing, step: str, order: Callable[[], None]) -> RunStore:
         wait_until(lambda: real.log(LEAVES).count("is connected") > connected, 30, "the first three")
     run = {"name": plan_name(step), "rounds": 3, "spare_attempts": 6}
     store = real.submit(Plan.from_fields(exact_fields(run=run, deadlines=DEADLINES)))
-    wait_until(lambda: store.finished_rounds() > 0, STEP_S, f"the first round; {real.logs()}")
+    wait_until(lambda: store.finished_rounds() > 0, STEP_S, lambda: f"the first round; {real.logs()}")
     real.processes.terminate(LEAVES)
     order()
     real.start_owner(COMES)
@@ -68,7 +68,7 @@ def test_coordinator_killed_while_it_makes_a_roster(
         killing.order("server", step, *[pid for pid in set(real.living()) - nodes if whole])
 
     store = begin(killing, step, order)
-    wait_until(lambda: killing.carried_out("server"), STEP_S, f"the step; {real.logs()}")
+    wait_until(lambda: killing.carried_out("server"), STEP_S, lambda: f"the step; {real.logs()}")
     if whole:
         killing.restart_coordinator()
     else:
@@ -85,7 +85,7 @@ def test_owner_killed_while_a_roster_is_made(
 ) -> None:
     started, real = time.monotonic(), killing.real
     store = begin(killing, step, lambda: killing.order(victim, step))
-    wait_until(lambda: killing.carried_out(victim), STEP_S, f"the step; {real.logs()}")
+    wait_until(lambda: killing.carried_out(victim), STEP_S, lambda: f"the step; {real.logs()}")
     wait_until(lambda: victim in real.processes.ended(), 10, "the end of the victim")
     real.start_owner(victim)
     finish(killing, store)

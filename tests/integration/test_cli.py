@@ -504,7 +504,7 @@ def test_ctrl_c_stops_every_process_and_says_how_to_go_on(tmp_path: Path) -> Non
         child.send_signal(signal.SIGINT)
         wait_until(lambda: child.poll() is not None, 60, "the end of the demo")
         # Flower's process for the run ends by itself once its parent has ended.
-        wait_until(lambda: not living(mark), 10, f"the end of all processes: {living(mark)}")
+        wait_until(lambda: not living(mark), 10, lambda: f"the end of all processes: {living(mark)}")
     finally:
         child.kill()
         child.wait()

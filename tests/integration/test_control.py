@@ -275,7 +275,7 @@ class TestStopping:
         """It waits for owners that are not there; it ends as paused, and its process ends too."""
         store = revocable.submit(small_plan(run={"name": "endless"}))
         name, link = store.folder.name, revocable.made.link()
-        wait_until(lambda: store.get("state") == "running", 60, f"a run; {revocable.logs()}")
+        wait_until(lambda: store.get("state") == "running", 60, lambda: f"a run; {revocable.logs()}")
         operator = load_operator(revocable.home / OPERATOR, revocable.made.operator_passphrase)
         fingerprint = key_sha256(operator.certificate.public_key())
         with pytest.raises(RunFailed, match=RunBusy.code):

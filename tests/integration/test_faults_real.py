@@ -63,7 +63,7 @@ def refused(four: RealFederation) -> RunStore:
 def killed(four: RealFederation, refused: RunStore) -> RunStore:
     """A run that the careful owner allows, and in whose second round another owner is killed."""
     store = four.submit(plan_of("killed", epsilon=1.0, local_steps=40))
-    wait_until(store.finished_rounds, 120, f"the first round; logs: {four.logs()}")
+    wait_until(store.finished_rounds, 120, lambda: f"the first round; logs: {four.logs()}")
     wait_until(lambda: reservations(four, store) == 2, 60, "the victim's second reservation")
     four.processes.kill(VICTIM)
     four.wait_for_end(store)
@@ -168,7 +168,7 @@ def test_every_process_ends_cleanly_when_it_is_asked_to(
     asked = four.processes.pids()
     for pid in asked.values():
         os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not four.processes.pids(), 60, f"the end of {asked}")
+    wait_until(lambda: not four.processes.pids(), 60, lambda: f"the end of {asked}")
     for name in asked:
         assert four.processes.ended()[name] == 0, four.log(name)
         assert "Traceback" not in four.log(name)

@@ -48,7 +48,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealFederat
 def joined(federation: RealFederation) -> RunStore:
     """A run of three owners that a fourth one joins."""
     store = federation.submit(plan_of("joined", ROUNDS))
-    wait_until(store.finished_rounds, 120, f"the first round; logs: {federation.logs()}")
+    wait_until(store.finished_rounds, 120, lambda: f"the first round; logs: {federation.logs()}")
     federation.start_owner(LATE)
     federation.wait_for_end(store)
     return store
@@ -58,7 +58,7 @@ def joined(federation: RealFederation) -> RunStore:
 def revoked(federation: RealFederation, joined: RunStore) -> RunStore:
     """A run of four owners, one of which is revoked behind the first round."""
     store = federation.submit(plan_of("revoked", ROUNDS // 2))
-    wait_until(store.finished_rounds, 120, f"the first round; logs: {federation.logs()}")
+    wait_until(store.finished_rounds, 120, lambda: f"the first round; logs: {federation.logs()}")
     fresh = revoke(federation.made.folder / "pki", PASSPHRASE, [REVOKED])
     for home in (federation.home, *(owner.folder for owner in federation.made.owners)):
         replace_revocations(home / "identity", fresh)
