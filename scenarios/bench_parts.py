@@ -9,6 +9,7 @@ interruption cut short.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -21,17 +22,6 @@ from protocol.errors import BenchmarkFailed
 from scenarios.bench_arms import Figures
 
 _ROOT: Final = Path(__file__).parents[1]
-_PACKAGES: Final = (
-    "protocol",
-    "crypto",
-    "tasks",
-    "client",
-    "server",
-    "deploy",
-    "audit",
-    "scenarios",
-    "console",
-)
 
 
 def _nothing() -> None:
@@ -144,9 +134,13 @@ class Parts:
 
 
 def _code() -> str:
-    """Return the digest of all source files of fedseal."""
+    """Return the digest of all source files of the installed fedseal."""
+    names = (importlib.metadata.distribution("fedseal").read_text("top_level.txt") or "").split()
+    files = [file for name in names for file in (_ROOT / f"{name}.py", *(_ROOT / name).rglob("*.py"))]
+    if len(files) <= len(names):
+        raise BenchmarkFailed("the installed fedseal does not name its packages: install it again")
     total = hashlib.sha256()
-    for file in sorted(path for name in _PACKAGES for path in (_ROOT / name).rglob("*.py")):
+    for file in sorted(file for file in files if file.is_file()):
         total.update(f"{file.relative_to(_ROOT)}\n".encode())
         total.update(hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from protocol.errors import BenchmarkFailed
-from scenarios import bench_seal
+from scenarios import bench_parts, bench_seal
 from scenarios.bench import BenchmarkName, interruption, legend, make_report, run_benchmark, run_job
 from scenarios.bench_arms import Job, Settings, Size
 from scenarios.bench_parts import Parts
+from tests.test_architecture import FILES
 from tests.unit.test_bench_harness import fake_job
 
 SAME = {"settings": [1], "versions": {"python": "3"}}
@@ -73,6 +74,14 @@ def test_what_does_not_fit_together_is_refused_and_kept(
     assert part.read_bytes() == before
 
 
+def test_the_code_is_every_source_file_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = set[Path]()
+    content = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(path) or content(path))  # type: ignore[func-returns-value]
+    bench_parts._code()
+    assert read == {path.resolve() for path in FILES.values()}
+
+
 def test_figures_of_other_code_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "bench.json"
     run_job(fake_job(tmp_path), 5, part=Parts(file, SAME, resume=False).run(0))
@@ -98,7 +107,7 @@ def test_the_command_keeps_what_it_measured_until_the_result_is_there(
             raise KeyboardInterrupt
         return fake_job(tmp_path)
 
-    settings = Settings(clients=[2, 3])
+    settings = Settings(clients=[2, 3], leave_out=["c"])
     monkeypatch.setattr(bench_seal, "build", interrupted)
     monkeypatch.setattr("scenarios.bench_seal_targets.evaluate_seal", lambda _runs: {})
     with pytest.raises(KeyboardInterrupt):
@@ -107,7 +116,10 @@ def test_the_command_keeps_what_it_measured_until_the_result_is_there(
     assert not file.exists()
     (tmp_path / "log").unlink()
     monkeypatch.setattr(bench_seal, "build", lambda *_: fake_job(tmp_path))
+    with pytest.raises(BenchmarkFailed, match="another settings"):
+        run_benchmark(Console(file=shown), BenchmarkName.SEAL, Settings(clients=[2, 3]), file, resume=True)
     run_benchmark(Console(file=shown), BenchmarkName.SEAL, settings, file, resume=True)
-    assert logged(tmp_path) == ["a*", "b*", "c*", *(["a", "b", "c"] * 5)]
+    assert logged(tmp_path) == ["a*", "b*", *(["a", "b"] * 5)]
     assert len(json.loads(file.read_text())["runs"]) == 2
+    assert "Left out on request: c." in shown.getvalue()
     assert not (tmp_path / "bench.json.part").exists()
