@@ -28,15 +28,30 @@ PULL_PATH: Final = "/v1/runtime/fedseal/pull"
 
 _LENGTH: Final = struct.Struct("<Q")
 
+ITEM_HEAD_BYTES: Final = _LENGTH.size
+"""Length of what stands before an item."""
+
 
 def join_batch(items: Iterable[bytes]) -> bytes:
     """Return byte strings as one, each after its length as eight little-endian bytes."""
-    return b"".join(piece for item in items for piece in (item_head(item), item))
+    return b"".join(piece for item in items for piece in (item_head(len(item)), item))
 
 
-def item_head(item: bytes) -> bytes:
-    """Return what stands before an item of a batch."""
-    return _LENGTH.pack(len(item))
+def item_head(length: int) -> bytes:
+    """Return what stands before an item of a batch that is that many bytes long."""
+    return _LENGTH.pack(length)
+
+
+def item_length(head: bytes) -> int:
+    """Return the length of an item, from the `ITEM_HEAD_BYTES` that stand before it.
+
+    Raises:
+        EncodingInvalid: The item is longer than any batch.
+    """
+    (length,) = _LENGTH.unpack(head)
+    if length > MAX_BATCH_BYTES:
+        raise EncodingInvalid(f"a batch is longer than {MAX_BATCH_BYTES} bytes")
+    return int(length)
 
 
 def fitting(contents: Iterable[bytes]) -> Iterator[bytes]:
@@ -47,21 +62,6 @@ def fitting(contents: Iterable[bytes]) -> Iterator[bytes]:
         if left < 0:
             return
         yield content
-
-
-def first_length(data: bytes | bytearray, place: int = 0) -> range | None:
-    """Return where the content of the item at a place lies; None if not all of it is there.
-
-    Raises:
-        EncodingInvalid: The item is longer than any batch.
-    """
-    start = place + _LENGTH.size
-    if start > len(data):
-        return None
-    (length,) = _LENGTH.unpack_from(data, place)
-    if length > MAX_BATCH_BYTES:
-        raise EncodingInvalid(f"a batch is longer than {MAX_BATCH_BYTES} bytes")
-    return range(start, start + length) if start + length <= len(data) else None
 
 
 class RawMessage:
@@ -93,11 +93,12 @@ def split_batch(data: bytes | bytearray) -> list[bytes]:
     if len(data) > MAX_BATCH_BYTES:
         raise EncodingInvalid(f"a batch is longer than {MAX_BATCH_BYTES} bytes")
     items: list[bytes] = []
-    place, view = 0, memoryview(data)
-    while place < len(data):
-        content = first_length(data, place)
-        if content is None or len(items) == MAX_ITEMS:
+    view = memoryview(data)
+    while view:
+        head, view = bytes(view[:ITEM_HEAD_BYTES]), view[ITEM_HEAD_BYTES:]
+        length = item_length(head) if len(head) == ITEM_HEAD_BYTES else len(view) + 1
+        if length > len(view) or len(items) == MAX_ITEMS:
             raise EncodingInvalid("a batch is cut off or has too many items")
-        place = content.stop
-        items.append(bytes(view[content.start : place]))
+        items.append(bytes(view[:length]))
+        view = view[length:]
     return items

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -76,9 +77,11 @@ def run_benchmark(
         runs = []
         try:
             with console.status("starting the arms") as status:
+                # a console that is a file or a pipe shows no status: there each step is a line that stays
+                progress = status.update if console.is_terminal else partial(console.print, markup=False)
                 for index, complete in enumerate(jobs):
                     job = without(complete, settings.leave_out)
-                    runs.append(run_job(job, settings.repetitions, status.update, parts.run(index)))
+                    runs.append(run_job(job, settings.repetitions, progress, parts.run(index)))
         except KeyboardInterrupt:
             console.print("whole repetitions are kept: the same command with --resume goes on")
             raise

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from itertools import chain
 from typing import Any, Final
@@ -36,18 +36,22 @@ from starlette.responses import Response, StreamingResponse
 
 from protocol.batches import (
     ANSWER_PATH,
-    INLINE_BYTES,
     LONGEST_WAIT_S,
-    MAX_BATCH_BYTES,
-    MAX_ITEMS,
     PULL_PATH,
     PUSH_PATH,
     RECEIVE_PATH,
-    first_length,
-    item_head,
 )
 from protocol.errors import EncodingInvalid
 from server.flower.bells import Bells
+from server.flower.items import (
+    ArrivingItems,
+    Item,
+    content_in_memory,
+    content_of,
+    length_of,
+    pieces_of,
+    within_limit,
+)
 
 _PROTOBUF: Final = "application/protobuf"
 _ACTIVATE_PATH: Final = "/v1/fleet/activate-node"
@@ -56,7 +60,10 @@ _LOOK_AGAIN_S: Final = 1.0
 
 _REPLIES: Final = "replies"
 
-Handler = Callable[[Request], Awaitable[Iterable[bytes]]]
+_MOST_STORED_AT_ONCE: Final = 2
+"""Objects of different requests that are in memory at a time while they are checked and stored."""
+
+Handler = Callable[[Request], Awaitable[Iterable[Item]]]
 """Answers a request by the items of a batch, which are made while they are sent."""
 
 
@@ -75,6 +82,7 @@ class Batches:
         self._bells = Bells()
         self._newest: dict[int, object] = {}
         self._closing = False
+        self._storing = asyncio.Semaphore(_MOST_STORED_AT_ONCE)
         self._fleet: dict[str, Handler] = {RECEIVE_PATH: self._receive, ANSWER_PATH: self._answer}
         self._runtime: dict[str, Handler] = {PULL_PATH: self._pull, PUSH_PATH: self._push}
 
@@ -130,45 +138,45 @@ class Batches:
         answer = await asyncio.to_thread(fleet_handlers.activate_node, asked, state)
         return Response(answer.SerializeToString(), media_type=_PROTOBUF)
 
-    async def _receive(self, request: Request) -> Iterable[bytes]:
+    async def _receive(self, request: Request) -> Iterable[Item]:
         """Answer a node's next message with its objects, as soon as there is one.
 
         Of several such requests of one node only the newest waits: an older one is of a connection or a
         process that is gone, and a message that was handed to it would be lost.
         """
         node = await self._node(request)
-        await _batch(request)
+        await self._batch(request)
         turn, name = object(), _bell_of(node.node_id)
         self._newest[node.node_id] = turn
         self._bells.ring(name)
 
-        async def look() -> Iterable[bytes] | None:
+        async def look() -> Iterable[Item] | None:
             if self._newest.get(node.node_id) is not turn:
                 return ()
             return await asyncio.to_thread(self._next_message, node)
 
         return await self._awaited(request, name, look, LONGEST_WAIT_S, LONGEST_WAIT_S)
 
-    def _next_message(self, node: Node) -> Iterable[bytes] | None:
+    def _next_message(self, node: Node) -> Iterable[Item] | None:
         state = self._state
         found = fleet_handlers.pull_messages(PullMessagesRequest(node=node), state, state.object_store)
         if not found.messages_list:
             return None
         run_id = found.messages_list[0].metadata.run_id
 
-        def content(object_id: str) -> bytes:
-            held = state.get_object(run_id, object_id) or b""
-            if held:
-                state.store_traffic(run_id, bytes_sent=len(held), bytes_recv=0)
-            return bytes(held)
+        def content(object_id: str) -> Item:
+            held = _held(state, run_id, object_id)
+            if length := length_of(held):
+                state.store_traffic(run_id, bytes_sent=length, bytes_recv=0)
+            return held
 
-        contents = _within_limit(_objects(found.message_object_trees), content)
+        contents = within_limit(_objects(found.message_object_trees), content)
         return chain([found.SerializeToString()], contents)
 
-    async def _answer(self, request: Request) -> Iterable[bytes]:
+    async def _answer(self, request: Request) -> Iterable[Item]:
         """Take a node's reply with its objects, and its receipt for the message that it answers."""
         node = await self._node(request)
-        items = _items(request)
+        items = self._items(request)
         received, pushed = await _next(items), await _next(items)
         asked = PushMessagesRequest.FromString(pushed)
         if asked.node.node_id != node.node_id or len(asked.messages_list) != 1:
@@ -183,7 +191,7 @@ class Batches:
                 state.store_traffic(run_id, bytes_sent=0, bytes_recv=len(content))
             return kept
 
-        await _store_wanted(stored.objects_to_push, items, store)
+        await self._store_wanted(stored.objects_to_push, items, store)
         self._bells.ring(_REPLIES)
         return [stored.SerializeToString()]
 
@@ -207,50 +215,78 @@ class Batches:
 
     # --- runtime -------------------------------------------------------------------------------------
 
-    async def _push(self, request: Request) -> Iterable[bytes]:
+    async def _push(self, request: Request) -> Iterable[Item]:
         """Take messages of the run's own process with their objects, and wake their nodes."""
         task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), self._state)
-        items, state = _items(request), self._state
+        items, state = self._items(request), self._state
         asked = PushAppMessagesRequest.FromString(await _next(items))
         stored = await asyncio.to_thread(runtime_handlers.push_messages, asked, state, task)
 
         def store(object_id: str, content: bytes) -> bool:
             return bool(state.store_object(task.run_id, stored.session_id, object_id, content))
 
-        await _store_wanted(stored.objects_to_push, items, store)
+        await self._store_wanted(stored.objects_to_push, items, store)
         for message in asked.messages_list:
             self._bells.ring(_bell_of(message.metadata.dst_node_id))
         return [stored.SerializeToString()]
 
-    async def _pull(self, request: Request) -> Iterable[bytes]:
+    async def _pull(self, request: Request) -> Iterable[Item]:
         """Answer the replies to some messages with their objects, as soon as there is one.
 
         The batch holds the request, the longest wait in milliseconds, and receipts for earlier replies.
         """
         task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), self._state)
-        pulled, wait, *received = await _batch(request, at_least=2)
+        pulled, wait, *received = await self._batch(request, at_least=2)
         asked = PullAppMessagesRequest.FromString(pulled)
         for identifier in received:
             receipt = ConfirmMessageReceivedRequest(message_object_id=identifier.decode("ascii"))
             await asyncio.to_thread(runtime_handlers.confirm_message_received, receipt, self._state, task)
 
-        async def look() -> Iterable[bytes] | None:
+        async def look() -> Iterable[Item] | None:
             return await asyncio.to_thread(self._replies, asked, task)
 
         wait_s = min(int.from_bytes(wait[:4], "little") / 1000, LONGEST_WAIT_S)
         return await self._awaited(request, _REPLIES, look, wait_s, _LOOK_AGAIN_S)
 
-    def _replies(self, asked: PullAppMessagesRequest, task: Any) -> Iterable[bytes] | None:
+    def _replies(self, asked: PullAppMessagesRequest, task: Any) -> Iterable[Item] | None:
         state = self._state
         found = runtime_handlers.pull_messages(asked, state, task)
         if not found.messages_list:
             return None
 
-        def content(object_id: str) -> bytes:
-            return state.get_object(task.run_id, object_id) or b""
+        def content(object_id: str) -> Item:
+            return _held(state, task.run_id, object_id)
 
-        contents = _within_limit(_objects(found.message_object_trees), content)
+        contents = within_limit(_objects(found.message_object_trees), content)
         return chain([found.SerializeToString()], contents)
+
+    # --- items ---------------------------------------------------------------------------------------
+
+    def _items(self, request: Request) -> ArrivingItems:
+        return ArrivingItems(request, self._state.object_store.spool)
+
+    async def _batch(self, request: Request, at_least: int = 0) -> list[bytes]:
+        """Read a request's batch as a whole; only for small ones."""
+        items = [await content_in_memory(item) async for item in self._items(request)]
+        if len(items) < at_least:
+            raise EncodingInvalid("a batch lacks an item")
+        return items
+
+    async def _store_wanted(
+        self, wanted: Any, items: ArrivingItems, store: Callable[[str, bytes], bool]
+    ) -> None:
+        """Store objects that Flower asked for as they arrive, and take them off its list."""
+
+        def keep(item: Item) -> None:
+            content = content_of(item)
+            object_id = get_object_id(content)
+            if object_id in wanted and store(object_id, content):
+                wanted.remove(object_id)
+
+        async for item in items:
+            # Flower takes an object as a whole; those of other requests wait in their files
+            async with self._storing:
+                await asyncio.to_thread(keep, item)
 
     # --- waiting -------------------------------------------------------------------------------------
 
@@ -258,10 +294,10 @@ class Batches:
         self,
         request: Request,
         name: str,
-        look: Callable[[], Awaitable[Iterable[bytes] | None]],
+        look: Callable[[], Awaitable[Iterable[Item] | None]],
         wait_s: float,
         again_s: float,
-    ) -> Iterable[bytes]:
+    ) -> Iterable[Item]:
         """Return what `look` finds, looking whenever a bell rings, or an empty batch when time is up."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + wait_s
@@ -293,55 +329,16 @@ def _answered_by(handler: Handler) -> Callable[[Any], Awaitable[Response]]:
         except ClientDisconnect:
             # a peer that goes away in the middle of a request is no fault of this process
             raise HTTPException(400, "Disconnected") from None
-        return StreamingResponse(_pieces(answer), media_type=_PROTOBUF)
+        return StreamingResponse(pieces_of(answer), media_type=_PROTOBUF)
 
     return call
 
 
-async def _pieces(items: Iterable[bytes]) -> AsyncIterator[bytes]:
-    """Yield a batch piece by piece; each item is made in a thread, when the one before was sent."""
-    remaining = iter(items)
-    while (item := await asyncio.to_thread(next, remaining, None)) is not None:
-        yield item_head(item)
-        yield item
-
-
-async def _items(request: Request) -> AsyncIterator[bytes]:
-    """Yield the items of a request's batch as they arrive, so that one of them is in memory.
-
-    Raises:
-        EncodingInvalid: The body is no batch.
-    """
-    waiting, total, count = bytearray(), 0, 0
-    async for chunk in request.stream():
-        waiting += chunk
-        total += len(chunk)
-        if total > MAX_BATCH_BYTES:
-            raise HTTPException(413, "Batch too long")
-        while (length := first_length(waiting)) is not None:
-            item = bytes(memoryview(waiting)[length.start : length.stop])
-            del waiting[: length.stop]
-            count += 1
-            if count > MAX_ITEMS:
-                raise EncodingInvalid("a batch has too many items")
-            yield item
-    if waiting:
-        raise EncodingInvalid("a batch is cut off")
-
-
-async def _next(items: AsyncIterator[bytes]) -> bytes:
+async def _next(items: ArrivingItems) -> bytes:
     item = await anext(items, None)
     if item is None:
         raise EncodingInvalid("a batch lacks an item")
-    return item
-
-
-async def _batch(request: Request, at_least: int = 0) -> list[bytes]:
-    """Read a request's batch as a whole; only for small ones."""
-    items = [item async for item in _items(request)]
-    if len(items) < at_least:
-        raise EncodingInvalid("a batch lacks an item")
-    return items
+    return await content_in_memory(item)
 
 
 async def _disconnected(request: Request) -> None:
@@ -358,24 +355,6 @@ def _objects(trees: Iterable[Any]) -> list[str]:
     return [item.object_id for tree in trees for item in iterate_object_tree(tree)]
 
 
-def _within_limit(identifiers: Iterable[str], content: Callable[[str], bytes]) -> Iterator[bytes]:
-    """Yield the content of objects, and an empty one for each that is not there or does not fit."""
-    left = INLINE_BYTES
-    for identifier in identifiers:
-        found = content(identifier) if left > 0 else b""
-        left -= len(found)
-        yield found if left >= 0 else b""
-
-
-async def _store_wanted(
-    wanted: Any, contents: AsyncIterator[bytes], store: Callable[[str, bytes], bool]
-) -> None:
-    """Store objects that Flower asked for as they arrive, and take them off its list."""
-
-    def keep(content: bytes) -> None:
-        object_id = get_object_id(content)
-        if object_id in wanted and store(object_id, content):
-            wanted.remove(object_id)
-
-    async for content in contents:
-        await asyncio.to_thread(keep, content)
+def _held(state: Any, run_id: int, object_id: str) -> Item:
+    """Return an object that the SuperLink holds, empty if there is none; a large one as its file."""
+    return state.object_store.open(object_id) or state.get_object(run_id, object_id) or b""

@@ -12,10 +12,11 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, cast
 
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
@@ -59,6 +60,18 @@ class DiskObjectStore(InMemoryObjectStore):
             if entry is None or entry.content or not entry.is_available:
                 return super().get(object_id)
             return self._file(object_id).read_bytes()
+
+    def open(self, object_id: str) -> BinaryIO | None:
+        """Return the file of an object that lies on disk, None for any other; the caller closes it."""
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            if entry is None or entry.content or not entry.is_available:
+                return None
+            return self._file(object_id).open("rb")
+
+    def spool(self) -> BinaryIO:
+        """Return a new file without a name, for an object that is on its way; gone when it is closed."""
+        return cast("BinaryIO", tempfile.TemporaryFile(dir=self._folder))
 
     def delete(self, object_id: str) -> None:
         """Delete an object and what only it refers to."""

@@ -122,4 +122,8 @@ def test_the_command_keeps_what_it_measured_until_the_result_is_there(
     assert logged(tmp_path) == ["a*", "b*", *(["a", "b"] * 5)]
     assert len(json.loads(file.read_text())["runs"]) == 2
     assert "Left out on request: c." in shown.getvalue()
+    # what is shown in a file or pipe says how far it is, too
+    labels = [arm.label for arm in fake_job(tmp_path).arms]
+    assert f"rehearsal: {labels[0]}" in shown.getvalue()
+    assert f"repetition 5 of 5: {labels[1]}" in shown.getvalue()
     assert not (tmp_path / "bench.json.part").exists()
