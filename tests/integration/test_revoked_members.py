@@ -24,6 +24,11 @@ REVOKED = 3
 MOMENTS = ["train.fit", "train.seal", "query.open"]
 
 
+def moments(always: str) -> list[Any]:
+    """Return every moment of a round; all but one are for the long tests."""
+    return [pytest.param(kind, marks=() if kind == always else pytest.mark.long) for kind in MOMENTS]
+
+
 def tell(made: Scene, *owners: int, coordinator: bool = False, gone: Iterable[int] = (REVOKED,)) -> None:
     """Give parties a revocation list that names owners, all before included."""
     fresh = revoke(made.folder / "pki", PASSPHRASE, [f"owner-{index + 1}" for index in gone])
@@ -78,7 +83,7 @@ def check_went_on(made: Scene, voids: int) -> None:
     made.check_models(0, 1, 2)
 
 
-@pytest.mark.parametrize("kind", MOMENTS)
+@pytest.mark.parametrize("kind", moments("query.open"))
 def test_all_hear_of_it_in_the_middle_of_a_round(
     scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -88,7 +93,7 @@ def test_all_hear_of_it_in_the_middle_of_a_round(
     check_went_on(made, voids=1)
 
 
-@pytest.mark.parametrize("kind", MOMENTS)
+@pytest.mark.parametrize("kind", moments("train.seal"))
 def test_owners_hear_of_it_first_and_the_run_goes_on_with_the_coordinators_list(
     scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
