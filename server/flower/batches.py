@@ -46,7 +46,7 @@ from server.flower.bells import Bells
 from server.flower.items import (
     ArrivingItems,
     Item,
-    content_in_memory,
+    close,
     content_of,
     length_of,
     pieces_of,
@@ -145,7 +145,8 @@ class Batches:
         process that is gone, and a message that was handed to it would be lost.
         """
         node = await self._node(request)
-        await self._batch(request)
+        if await self._items(request).all_small():
+            raise EncodingInvalid("nothing is to be sent with this request")
         turn, name = object(), _bell_of(node.node_id)
         self._newest[node.node_id] = turn
         self._bells.ring(name)
@@ -166,8 +167,12 @@ class Batches:
 
         def content(object_id: str) -> Item:
             held = _held(state, run_id, object_id)
-            if length := length_of(held):
-                state.store_traffic(run_id, bytes_sent=length, bytes_recv=0)
+            try:
+                if length := length_of(held):
+                    state.store_traffic(run_id, bytes_sent=length, bytes_recv=0)
+            except BaseException:
+                close(held)
+                raise
             return held
 
         contents = within_limit(_objects(found.message_object_trees), content)
@@ -177,7 +182,7 @@ class Batches:
         """Take a node's reply with its objects, and its receipt for the message that it answers."""
         node = await self._node(request)
         items = self._items(request)
-        received, pushed = await _next(items), await _next(items)
+        received, pushed = await items.small(), await items.small()
         asked = PushMessagesRequest.FromString(pushed)
         if asked.node.node_id != node.node_id or len(asked.messages_list) != 1:
             raise HTTPException(401, "Invalid SuperNode authentication")
@@ -219,7 +224,7 @@ class Batches:
         """Take messages of the run's own process with their objects, and wake their nodes."""
         task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), self._state)
         items, state = self._items(request), self._state
-        asked = PushAppMessagesRequest.FromString(await _next(items))
+        asked = PushAppMessagesRequest.FromString(await items.small())
         stored = await asyncio.to_thread(runtime_handlers.push_messages, asked, state, task)
 
         def store(object_id: str, content: bytes) -> bool:
@@ -236,7 +241,8 @@ class Batches:
         The batch holds the request, the longest wait in milliseconds, and receipts for earlier replies.
         """
         task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), self._state)
-        pulled, wait, *received = await self._batch(request, at_least=2)
+        items = self._items(request)
+        pulled, wait, received = await items.small(), await items.small(), await items.all_small()
         asked = PullAppMessagesRequest.FromString(pulled)
         for identifier in received:
             receipt = ConfirmMessageReceivedRequest(message_object_id=identifier.decode("ascii"))
@@ -265,13 +271,6 @@ class Batches:
     def _items(self, request: Request) -> ArrivingItems:
         return ArrivingItems(request, self._state.object_store.spool)
 
-    async def _batch(self, request: Request, at_least: int = 0) -> list[bytes]:
-        """Read a request's batch as a whole; only for small ones."""
-        items = [await content_in_memory(item) async for item in self._items(request)]
-        if len(items) < at_least:
-            raise EncodingInvalid("a batch lacks an item")
-        return items
-
     async def _store_wanted(
         self, wanted: Any, items: ArrivingItems, store: Callable[[str, bytes], bool]
     ) -> None:
@@ -285,8 +284,12 @@ class Batches:
 
         async for item in items:
             # Flower takes an object as a whole; those of other requests wait in their files
-            async with self._storing:
-                await asyncio.to_thread(keep, item)
+            try:
+                async with self._storing:
+                    await asyncio.to_thread(keep, item)
+            except asyncio.CancelledError:
+                close(item)
+                raise
 
     # --- waiting -------------------------------------------------------------------------------------
 
@@ -332,13 +335,6 @@ def _answered_by(handler: Handler) -> Callable[[Any], Awaitable[Response]]:
         return StreamingResponse(pieces_of(answer), media_type=_PROTOBUF)
 
     return call
-
-
-async def _next(items: ArrivingItems) -> bytes:
-    item = await anext(items, None)
-    if item is None:
-        raise EncodingInvalid("a batch lacks an item")
-    return await content_in_memory(item)
 
 
 async def _disconnected(request: Request) -> None:

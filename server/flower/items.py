@@ -7,6 +7,7 @@ part in memory as a whole would make the coordinator's memory grow with the numb
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -25,8 +26,13 @@ from protocol.batches import (
 )
 from protocol.errors import EncodingInvalid
 
+_LOG = logging.getLogger("fedseal.server")
+
 PIECE_BYTES: Final = 256 * 1024
 """Longest stretch of an item that is in memory while it is received or sent; a shorter item is whole."""
+
+SMALL_BYTES: Final = 4 * 1024 * 1024
+"""Most bytes of what says who is asked what, and carries no update: the messages of 1,000 owners fit."""
 
 Item = bytes | BinaryIO
 """An item's content, or a file that holds it, at its beginning; who gets the file closes it."""
@@ -45,9 +51,10 @@ def content_of(item: Item) -> bytes:
         return item.read()
 
 
-async def content_in_memory(item: Item) -> bytes:
-    """Return an item's content; a file is read in a thread, and closed."""
-    return item if isinstance(item, bytes) else await asyncio.to_thread(content_of, item)
+def close(item: Item) -> None:
+    """Close an item that nobody will read."""
+    if not isinstance(item, bytes):
+        item.close()
 
 
 class ArrivingItems:
@@ -59,7 +66,7 @@ class ArrivingItems:
 
     Raises:
         EncodingInvalid: While iterating: the body is no batch, or has too many items.
-        HTTPException: While iterating: the body is too long, or the disk takes no more.
+        HTTPException: While iterating: the body is too long (413), or the disk takes no more (507).
     """
 
     def __init__(self, request: Request, spool: Callable[[], BinaryIO]) -> None:
@@ -74,13 +81,35 @@ class ArrivingItems:
 
     async def __anext__(self) -> Item:
         """Return the next item when all of it is there."""
-        if not await self._have(1):
+        length = await self._next_length()
+        if length is None:
             raise StopAsyncIteration
+        return await (self._taken(length) if length <= PIECE_BYTES else self._spooled(length))
+
+    async def small(self) -> bytes:
+        """Return the next item, which must be there and at most `SMALL_BYTES` long."""
+        length = await self._next_length()
+        if length is None:
+            raise EncodingInvalid("a batch lacks an item")
+        _require_small(length)
+        return await self._taken(length)
+
+    async def all_small(self) -> list[bytes]:
+        """Return all items, which must be at most `SMALL_BYTES` long together."""
+        found, total = list[bytes](), 0
+        while (length := await self._next_length()) is not None:
+            total += length
+            _require_small(total)
+            found.append(await self._taken(length))
+        return found
+
+    async def _next_length(self) -> int | None:
+        if not await self._have(1):
+            return None
         if self._count == MAX_ITEMS:
             raise EncodingInvalid("a batch has too many items")
         self._count += 1
-        length = item_length(await self._taken(ITEM_HEAD_BYTES))
-        return await (self._taken(length) if length <= PIECE_BYTES else self._spooled(length))
+        return item_length(await self._taken(ITEM_HEAD_BYTES))
 
     async def _have(self, length: int) -> bool:
         """Receive until some bytes are there; False if the body ends before."""
@@ -102,28 +131,36 @@ class ArrivingItems:
         return taken
 
     async def _spooled(self, length: int) -> BinaryIO:
-        with ExitStack() as stack:
-            try:
+        try:
+            # where the disk is full, closing a file may fail as writing it does
+            with ExitStack() as stack:
                 file = stack.enter_context(closing(await asyncio.to_thread(self._spool)))
                 for start in range(0, length, PIECE_BYTES):
                     piece = await self._taken(min(PIECE_BYTES, length - start))
                     await asyncio.to_thread(file.write, piece)
                 file.seek(0)
-            except OSError:
-                raise HTTPException(507, "Insufficient storage") from None
-            stack.pop_all()
+                stack.pop_all()
+        except OSError:
+            _LOG.warning("the disk takes no large object any more")
+            raise HTTPException(507, "Insufficient storage") from None
         return file
+
+
+def _require_small(length: int) -> None:
+    if length > SMALL_BYTES:
+        raise HTTPException(413, "Batch too long")
 
 
 async def pieces_of(items: Iterable[Item]) -> AsyncIterator[bytes]:
     """Yield a batch piece by piece; each is made in a thread, when the one before was sent."""
     remaining = iter(items)
     while (item := await asyncio.to_thread(next, remaining, None)) is not None:
-        yield item_head(length_of(item))
         if isinstance(item, bytes):
+            yield item_head(len(item))
             yield item
             continue
         with closing(item):
+            yield item_head(length_of(item))
             while piece := await asyncio.to_thread(item.read, PIECE_BYTES):
                 yield piece
 
@@ -134,6 +171,6 @@ def within_limit(identifiers: Iterable[str], content: Callable[[str], Item]) -> 
     for identifier in identifiers:
         found = content(identifier) if left > 0 else b""
         left -= length_of(found)
-        if left < 0 and not isinstance(found, bytes):
-            found.close()
+        if left < 0:
+            close(found)
         yield found if left >= 0 else b""

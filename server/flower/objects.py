@@ -9,6 +9,7 @@ in these files is what crosses the wire: ciphertext frames, opened sums, signed 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import shutil
@@ -24,6 +25,10 @@ from protocol.errors import FlowerChanged
 
 ON_DISK_BYTES: Final = 256 * 1024
 """Objects of this length or longer are written to disk."""
+
+
+RESERVED_BYTES: Final = 256 * 1024 * 1024
+"""Room on the disk that peers cannot take: checkpoints, run store and logs of the same home need it."""
 
 
 class DiskObjectStore(InMemoryObjectStore):
@@ -70,7 +75,13 @@ class DiskObjectStore(InMemoryObjectStore):
             return self._file(object_id).open("rb")
 
     def spool(self) -> BinaryIO:
-        """Return a new file without a name, for an object that is on its way; gone when it is closed."""
+        """Return a new file without a name, for an object that is on its way; gone when it is closed.
+
+        Raises:
+            OSError: Less than `RESERVED_BYTES` would be left for what must not be lost.
+        """
+        if shutil.disk_usage(self._folder).free < RESERVED_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return cast("BinaryIO", tempfile.TemporaryFile(dir=self._folder))
 
     def delete(self, object_id: str) -> None:

@@ -10,6 +10,8 @@ import ast
 import hashlib
 import importlib
 import inspect
+import os
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +30,7 @@ from protocol.environment import FLOWER_ENVIRONMENT
 from protocol.records import LARGE_BLOB_BYTES, from_record, to_record
 from server.flower.control import _bundle
 from server.flower.grid import set_identity
-from server.flower.objects import ON_DISK_BYTES, DiskObjectStore
+from server.flower.objects import ON_DISK_BYTES, RESERVED_BYTES, DiskObjectStore
 from server.flower.superlink import SuperLinkOptions, superlink_app
 from tests.credentials import server_of
 
@@ -282,6 +284,7 @@ def test_large_objects_lie_on_disk_and_go_with_their_message(tmp_path: Path) -> 
     tree = tree_type(object_id=root, children=[tree_type(object_id=key) for key in keys])
     assert set(store.preregister(1, tree)) == {root, *keys}
     assert store.get(keys[0]) == b"", "announced, and not there yet"
+    assert store.open(keys[0]) is None
     for content, key in ((large, keys[0]), (small, keys[1]), (parent, root)):
         store.put(key, content)
         store.put(key, content)
@@ -291,10 +294,30 @@ def test_large_objects_lie_on_disk_and_go_with_their_message(tmp_path: Path) -> 
     assert folder.stat().st_mode & 0o777 == 0o700
     with pytest.raises(ValueError, match="does not match"):
         store.put(keys[0], small)
+    assert [store.open(key) for key in (keys[1], root, "unknown")] == [None] * 3, "these are no files"
+    opened = store.open(keys[0])
+    assert opened is not None
     store.delete(root)
     assert list(folder.iterdir()) == []
     assert store.get(keys[0]) is None
+    assert store.open(keys[0]) is None
+    with opened:
+        assert opened.read() == large, "what is being sent is sent to its end"
     DiskObjectStore(folder)
+
+
+def test_what_is_on_its_way_has_no_name_and_leaves_room_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DiskObjectStore(tmp_path / "objects")
+    with store.spool() as file:
+        file.write(b"ciphertext")
+        assert list((tmp_path / "objects").iterdir()) == []
+        assert os.fstat(file.fileno()).st_mode & 0o777 == 0o600
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage._replace(free=RESERVED_BYTES - 1))
+    with pytest.raises(OSError, match="No space left"):
+        store.spool()
 
 
 def test_nodes_are_listed_with_the_time_of_their_activation() -> None:

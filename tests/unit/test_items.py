@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import threading
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
 
 import pytest
 from fastapi import HTTPException
+from flwr.supercore.inflatable.inflatable_object import get_object_id
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect, Request
@@ -18,11 +22,13 @@ from starlette.requests import ClientDisconnect, Request
 from protocol.batches import INLINE_BYTES, MAX_BATCH_BYTES, MAX_ITEMS, item_head, join_batch, split_batch
 from protocol.errors import EncodingInvalid
 from server.flower import items
+from server.flower.batches import Batches
 from server.flower.items import (
     PIECE_BYTES,
+    SMALL_BYTES,
     ArrivingItems,
     Item,
-    content_in_memory,
+    close,
     content_of,
     length_of,
     pieces_of,
@@ -110,8 +116,9 @@ def test_items_leave_as_one_batch_from_memory_and_from_files(
 def test_an_item_has_its_length_and_content_wherever_it_lies(on_disk: bool) -> None:
     item: Item = filed(b"content") if on_disk else b"content"
     assert length_of(item) == 7
-    assert run(content_in_memory(item)) == b"content"
+    assert content_of(item) == b"content"
     assert isinstance(item, bytes) or item.closed
+    close(item)
 
 
 # --- limits ------------------------------------------------------------------------------------------
@@ -133,6 +140,27 @@ def test_too_many_items_are_refused() -> None:
     assert len(run(arrived(request_of(chunked(join_batch([b""] * MAX_ITEMS), MIB))))) == MAX_ITEMS
     with pytest.raises(EncodingInvalid, match="too many"):
         run(arrived(request_of(chunked(join_batch([b""] * (MAX_ITEMS + 1)), MIB))))
+
+
+def test_what_carries_no_update_is_small() -> None:
+    async def small(lengths: list[int]) -> tuple[bytes, list[bytes]]:
+        body = join_batch(map(bytes, lengths))
+        arriving = ArrivingItems(request_of(chunked(body, MIB)), spool)
+        return await arriving.small(), await arriving.all_small()
+
+    first, others = run(small([SMALL_BYTES, SMALL_BYTES // 2, 0, SMALL_BYTES // 2]))
+    assert [len(one) for one in (first, *others)] == [
+        SMALL_BYTES,
+        SMALL_BYTES // 2,
+        0,
+        SMALL_BYTES // 2,
+    ]
+    for lengths in ([SMALL_BYTES + 1], [0, SMALL_BYTES + 1], [0, SMALL_BYTES, 1]):
+        with pytest.raises(HTTPException) as error:
+            run(small(lengths))
+        assert error.value.status_code == 413
+    with pytest.raises(EncodingInvalid, match="lacks an item"):
+        run(small([]))
 
 
 def test_what_does_not_fit_into_a_batch_is_left_empty_and_its_file_is_closed() -> None:
@@ -173,13 +201,30 @@ def test_a_full_disk_is_said_to_the_peer_and_no_path_with_it(tmp_path: Path) -> 
     def full() -> BinaryIO:
         return Path("/dev/full").open("r+b", buffering=0)  # type: ignore[return-value]
 
+    def full_at_its_end() -> BinaryIO:
+        """What is written stays in the buffer, and closing the file fails again."""
+        return Path("/dev/full").open("r+b", buffering=4 * PIECE_BYTES)
+
     def missing() -> BinaryIO:
         return cast("BinaryIO", tempfile.TemporaryFile(dir=tmp_path / "gone"))
 
-    for make in (full, missing):
+    for make in (full, full_at_its_end, missing):
         with pytest.raises(HTTPException) as error:
             run(arrived(request_of(chunked(body, MIB)), make))
         assert (error.value.status_code, error.value.detail) == (507, "Insufficient storage")
+
+
+def test_a_peer_that_goes_away_while_it_is_sent_something_leaves_no_file_open() -> None:
+    async def given_up(taken: int) -> BinaryIO:
+        file = filed(bytes(4 * PIECE_BYTES))
+        leaving = pieces_of([file])
+        for _ in range(taken):
+            await anext(leaving)
+        await leaving.aclose()  # type: ignore[attr-defined]
+        return file
+
+    assert run(given_up(1)).closed
+    assert run(given_up(2)).closed
 
 
 # --- memory ------------------------------------------------------------------------------------------
@@ -230,3 +275,30 @@ def test_a_sum_leaves_for_thirty_owners_at_once_in_less_memory_than_three_of_it(
         assert totals == [length + 8] * 30
 
     assert traced_peak(all_at_once()) < 3 * length
+
+
+def test_objects_of_thirty_requests_are_in_memory_two_at_a_time_while_flower_stores_them() -> None:
+    content = bytes(2 * PIECE_BYTES)
+    body, identifier = join_batch([content]), get_object_id(content)
+    batches = Batches(SimpleNamespace())
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def store(object_id: str, stored: bytes) -> bool:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.01)
+        with lock:
+            now[0] -= 1
+        return object_id == identifier and stored == content
+
+    async def one() -> list[str]:
+        wanted = [identifier, "another"]
+        await batches._store_wanted(wanted, ArrivingItems(request_of(chunked(body, MIB)), spool), store)
+        return wanted
+
+    async def all_at_once() -> list[list[str]]:
+        return await asyncio.gather(*(one() for _ in range(30)))
+
+    assert run(all_at_once()) == [["another"]] * 30
+    assert most[0] == 2
