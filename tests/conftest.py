@@ -1,10 +1,27 @@
-"""What the tests print at the end: the outcomes of the kill tests, as a table."""
+"""What all tests share: keys that are derived once, and a table of the kill tests at the end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
+import pytest
+
+from crypto import vault
+
 TABLE = ("who is killed", "at step", "owners of each finished round", "void attempts", "seconds")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def keys_derived_once() -> Iterator[None]:
+    """Derive the key of a passphrase and a salt once: tests make homes and open them in the same process.
+
+    It is the same key, a tenth of a second earlier; other processes derive it themselves.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vault, "_scrypt", lru_cache(maxsize=4096)(vault._scrypt))
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
