@@ -95,10 +95,11 @@ def split_batch(data: bytes | bytearray) -> list[bytes]:
     items: list[bytes] = []
     view = memoryview(data)
     while view:
-        head, view = bytes(view[:ITEM_HEAD_BYTES]), view[ITEM_HEAD_BYTES:]
-        length = item_length(head) if len(head) == ITEM_HEAD_BYTES else len(view) + 1
-        if length > len(view) or len(items) == MAX_ITEMS:
+        if len(view) < ITEM_HEAD_BYTES or len(items) == MAX_ITEMS:
             raise EncodingInvalid("a batch is cut off or has too many items")
+        length, view = item_length(bytes(view[:ITEM_HEAD_BYTES])), view[ITEM_HEAD_BYTES:]
+        if length > len(view):
+            raise EncodingInvalid("a batch is cut off")
         items.append(bytes(view[:length]))
         view = view[length:]
     return items

@@ -62,14 +62,14 @@ class ArrivingItems:
 
     Args:
         request: Its body was not read yet.
-        spool: Makes an empty file that nobody else can read, for one large item.
+        spool: Makes a file of a length that nobody else can read, for one large item.
 
     Raises:
         EncodingInvalid: While iterating: the body is no batch, or has too many items.
         HTTPException: While iterating: the body is too long (413), or the disk takes no more (507).
     """
 
-    def __init__(self, request: Request, spool: Callable[[], BinaryIO]) -> None:
+    def __init__(self, request: Request, spool: Callable[[int], BinaryIO]) -> None:
         self._chunks = request.stream()
         self._spool = spool
         self._waiting = bytearray()
@@ -134,7 +134,7 @@ class ArrivingItems:
         try:
             # where the disk is full, closing a file may fail as writing it does
             with ExitStack() as stack:
-                file = stack.enter_context(closing(await asyncio.to_thread(self._spool)))
+                file = stack.enter_context(closing(await asyncio.to_thread(self._spool, length)))
                 for start in range(0, length, PIECE_BYTES):
                     piece = await self._taken(min(PIECE_BYTES, length - start))
                     await asyncio.to_thread(file.write, piece)

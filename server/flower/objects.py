@@ -14,8 +14,9 @@ import importlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
@@ -25,7 +26,6 @@ from protocol.errors import FlowerChanged
 
 ON_DISK_BYTES: Final = 256 * 1024
 """Objects of this length or longer are written to disk."""
-
 
 RESERVED_BYTES: Final = 256 * 1024 * 1024
 """Room on the disk that peers cannot take: checkpoints, run store and logs of the same home need it."""
@@ -43,6 +43,7 @@ class DiskObjectStore(InMemoryObjectStore):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
         self._folder = folder
+        self._lock_spool = threading.Lock()
 
     def put(self, object_id: str, object_content: bytes) -> None:
         """Store an object; a large one leaves nothing in memory."""
@@ -74,15 +75,22 @@ class DiskObjectStore(InMemoryObjectStore):
                 return None
             return self._file(object_id).open("rb")
 
-    def spool(self) -> BinaryIO:
+    def spool(self, length: int) -> BinaryIO:
         """Return a new file without a name, for an object that is on its way; gone when it is closed.
+
+        The file takes its whole length at once, so that those of other requests find that much less room.
 
         Raises:
             OSError: Less than `RESERVED_BYTES` would be left for what must not be lost.
         """
-        if shutil.disk_usage(self._folder).free < RESERVED_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return cast("BinaryIO", tempfile.TemporaryFile(dir=self._folder))
+        with self._lock_spool:
+            if shutil.disk_usage(self._folder).free < RESERVED_BYTES + length:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with ExitStack() as stack:
+                file = stack.enter_context(tempfile.TemporaryFile(dir=self._folder))
+                os.posix_fallocate(file.fileno(), 0, length)
+                stack.pop_all()
+        return cast("BinaryIO", file)
 
     def delete(self, object_id: str) -> None:
         """Delete an object and what only it refers to."""

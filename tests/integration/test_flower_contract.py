@@ -310,14 +310,17 @@ def test_what_is_on_its_way_has_no_name_and_leaves_room_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = DiskObjectStore(tmp_path / "objects")
-    with store.spool() as file:
-        file.write(b"ciphertext")
+    with store.spool(1_000_000) as file:
         assert list((tmp_path / "objects").iterdir()) == []
-        assert os.fstat(file.fileno()).st_mode & 0o777 == 0o600
+        status = os.fstat(file.fileno())
+        assert (status.st_mode & 0o777, status.st_size) == (0o600, 1_000_000)
+        assert status.st_blocks * 512 >= 1_000_000, "its room is taken before its bytes arrive"
+        assert file.write(b"ciphertext") == 10
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage._replace(free=RESERVED_BYTES - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage._replace(free=RESERVED_BYTES + 10))
+    store.spool(10).close()
     with pytest.raises(OSError, match="No space left"):
-        store.spool()
+        store.spool(11)
 
 
 def test_nodes_are_listed_with_the_time_of_their_activation() -> None:

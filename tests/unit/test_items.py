@@ -38,7 +38,7 @@ from server.flower.items import (
 MIB = 1024 * 1024
 
 
-def spool() -> BinaryIO:
+def spool(_length: int = 0) -> BinaryIO:
     return cast("BinaryIO", tempfile.TemporaryFile())
 
 
@@ -63,7 +63,7 @@ def chunked(body: bytes, length: int) -> Iterator[bytes]:
     return (body[start : start + length] for start in range(0, len(body), length))
 
 
-async def arrived(request: Request, spool: Callable[[], BinaryIO] = spool) -> list[bytes]:
+async def arrived(request: Request, spool: Callable[[int], BinaryIO] = spool) -> list[bytes]:
     return [content_of(item) async for item in ArrivingItems(request, spool)]
 
 
@@ -184,8 +184,8 @@ def test_a_peer_that_goes_away_in_the_middle_leaves_no_file_open() -> None:
     body = join_batch([bytes(4 * PIECE_BYTES)])
     seen: list[BinaryIO] = []
 
-    def noted() -> BinaryIO:
-        seen.append(spool())
+    def noted(length: int) -> BinaryIO:
+        seen.append(spool(length))
         return seen[-1]
 
     with pytest.raises(ClientDisconnect):
@@ -198,14 +198,14 @@ def test_a_peer_that_goes_away_in_the_middle_leaves_no_file_open() -> None:
 def test_a_full_disk_is_said_to_the_peer_and_no_path_with_it(tmp_path: Path) -> None:
     body = join_batch([bytes(2 * PIECE_BYTES)])
 
-    def full() -> BinaryIO:
+    def full(_length: int) -> BinaryIO:
         return Path("/dev/full").open("r+b", buffering=0)  # type: ignore[return-value]
 
-    def full_at_its_end() -> BinaryIO:
+    def full_at_its_end(_length: int) -> BinaryIO:
         """What is written stays in the buffer, and closing the file fails again."""
         return Path("/dev/full").open("r+b", buffering=4 * PIECE_BYTES)
 
-    def missing() -> BinaryIO:
+    def missing(_length: int) -> BinaryIO:
         return cast("BinaryIO", tempfile.TemporaryFile(dir=tmp_path / "gone"))
 
     for make in (full, full_at_its_end, missing):
