@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from real_federation import PASSPHRASE, RealFederation, command_line, small_plan
+from real_federation import PASSPHRASE, RealFederation, command_line, small_plan, wait_until
 
 from audit.conclude import Conclusion, conclude
 from audit.report import verify_report
@@ -21,6 +21,7 @@ from deploy.measure import run_session
 from deploy.package import load_session, verify_package
 from protocol.accounting import epsilon_after
 from protocol.messages import LedgerHead, Signed, Statement
+from server.flower.objects import ON_DISK_BYTES
 from server.release import PUBLIC, read_public_key, release_key
 from server.store import RunStore
 from tasks.registry import task_for
@@ -187,3 +188,15 @@ def _statements(real: RealFederation, store: RunStore) -> dict[str, Statement]:
         signed = Signed.from_fields(facts["statement"])
         statements[name] = verify(signed, member.public_key, Statement)
     return statements
+
+
+def test_objects_that_go_through_files_reach_the_other_side(real: RealFederation, first: RunStore) -> None:
+    """An update and a sum of 168,000 parameters are longer than what the coordinator holds in memory."""
+    assert first.get("state") == "finished"
+    wide = real.run(small_plan(run={"name": "wide"}, model={"name": "mlp", "hidden": [512, 256]}))
+    assert wide.get("state") == "finished", real.logs()
+    assert not any(facts["void"] for facts in wide.attempts()), real.logs()
+    for facts in wide.rounds():
+        assert min(facts["upload_bytes"], facts["download_bytes"]) > ON_DISK_BYTES
+    folder = real.home / "flower" / "objects"
+    wait_until(lambda: not any(folder.iterdir()), 30, "the removal of what was sent")
