@@ -10,7 +10,6 @@ Home folder of an owner::
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from crypto.certificates import OwnerCredentials, common_name, fingerprint
 from crypto.identity import load_owner
 from crypto.sealing import RunningSum
 from crypto.trust import Trust, load_trust
-from crypto.vault import StorageBox, derive_storage_key, write_private
+from crypto.vault import StorageBox, storage_key
 from protocol.errors import PolicyInvalid
 from protocol.messages import Purpose
 from protocol.plan import Plan
@@ -220,11 +219,4 @@ def open_ledger(home: Path, policy: Policy, adoption: Adoption | None = None) ->
 
 def open_store(home: Path, passphrase: bytes) -> StateStore:
     """Open the protocol state of a home, which the passphrase unseals."""
-    return StateStore(home / STATE, StorageBox(_storage_key(home, passphrase)))
-
-
-def _storage_key(home: Path, passphrase: bytes) -> bytes:
-    salt_file = home / IDENTITY / "storage.salt"
-    if not salt_file.exists():
-        write_private(salt_file, secrets.token_bytes(16))
-    return derive_storage_key(passphrase, salt_file.read_bytes())
+    return StateStore(home / STATE, StorageBox(storage_key(home / IDENTITY / "storage.salt", passphrase)))

@@ -83,7 +83,7 @@ def seal_secret(path: Path, secret: bytes, passphrase: bytes) -> None:
     if len(secret) > MAX_SECRET_BYTES:
         raise SecretUnavailable(f"a secret has at most {MAX_SECRET_BYTES} bytes")
     header = _Container(
-        salt=secrets.token_bytes(SALT_BYTES),
+        salt=new_salt(),
         nonce=secrets.token_bytes(NONCE_BYTES),
         ciphertext=bytes(TAG_BYTES),
     )
@@ -136,6 +136,23 @@ def write_private(path: Path, data: bytes) -> None:
 def write_public(path: Path, data: bytes) -> None:
     """Write a file of mode 0644 whole or not at all, durably; see `write_private`."""
     _write_atomically(path, data, 0o644)
+
+
+def new_salt() -> bytes:
+    """Return `SALT_BYTES` random bytes, so that equal passphrases have unequal keys."""
+    return secrets.token_bytes(SALT_BYTES)
+
+
+def storage_key(salt_file: Path, passphrase: bytes) -> bytes:
+    """Return the key of the `StorageBox` whose salt lies in a file; a new salt is written where none is.
+
+    Raises:
+        SecretUnavailable: See `derive_storage_key`.
+        OSError: The file cannot be read or written.
+    """
+    if not salt_file.exists():
+        write_private(salt_file, new_salt())
+    return derive_storage_key(passphrase, salt_file.read_bytes())
 
 
 def derive_storage_key(passphrase: bytes, salt: bytes) -> bytes:

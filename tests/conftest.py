@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import cycle
 from typing import Any
 
 import pytest
 
 from crypto import vault
 
+FEW = 12
 TABLE = ("who is killed", "at step", "owners of each finished round", "void attempts", "seconds")
 
 
@@ -17,9 +19,12 @@ TABLE = ("who is killed", "at step", "owners of each finished round", "void atte
 def keys_derived_once() -> Iterator[None]:
     """Derive the key of a passphrase and a salt once: tests make homes and open them in the same process.
 
-    It is the same key, a tenth of a second earlier; other processes derive it themselves.
+    It is the same key, a tenth of a second earlier; other processes derive it themselves. Salts are
+    taken from a few in turn, so that homes which have a passphrase in common need few keys.
     """
+    salts = cycle([vault.new_salt() for _ in range(FEW)])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vault, "new_salt", lambda: next(salts))
         patch.setattr(vault, "_scrypt", lru_cache(maxsize=4096)(vault._scrypt))
         yield
 

@@ -21,6 +21,7 @@ from crypto.vault import (
     open_secret,
     read_passphrase,
     seal_secret,
+    storage_key,
     write_private,
     write_public,
 )
@@ -28,6 +29,8 @@ from protocol.errors import SecretUnavailable
 
 PASSPHRASE = b"correct horse"
 SECRET = b"k"
+NEW_SALT = vault.new_salt
+"""The program's own: the tests at large take their salts from a few."""
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +71,11 @@ def test_container_opens_with_an_independent_program(container: bytes) -> None:
     assert AESGCM(key).decrypt(parts["nonce"], parts["ciphertext"], data) == SECRET
 
 
-def test_equal_secrets_have_unequal_files(container: bytes, tmp_path: Path) -> None:
-    seal_secret(tmp_path / "again", SECRET, PASSPHRASE)
-    again, first = json.loads((tmp_path / "again").read_bytes()), json.loads(container)
+def test_equal_secrets_have_unequal_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vault, "new_salt", NEW_SALT)
+    for name in ("first", "again"):
+        seal_secret(tmp_path / name, SECRET, PASSPHRASE)
+    first, again = (json.loads((tmp_path / name).read_bytes()) for name in ("first", "again"))
     assert all(again[name] != first[name] for name in ("salt", "nonce", "ciphertext"))
 
 
@@ -202,6 +207,16 @@ def test_storage_key_is_scrypt_and_depends_on_salt() -> None:
     for passphrase, short in ((b"", salt), (PASSPHRASE, salt[:15])):
         with pytest.raises(SecretUnavailable):
             derive_storage_key(passphrase, short)
+
+
+def test_storage_keys_of_two_folders_differ_and_each_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vault, "new_salt", NEW_SALT)
+    keys = [storage_key(tmp_path / name, PASSPHRASE) for name in ("first", "other", "first")]
+    assert keys[0] == keys[2] != keys[1]
+    assert stat.S_IMODE((tmp_path / "first").stat().st_mode) == 0o600
+    assert keys[0] == derive_storage_key(PASSPHRASE, (tmp_path / "first").read_bytes())
 
 
 @given(
