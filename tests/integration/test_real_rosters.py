@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import pytest
@@ -23,16 +26,14 @@ from crypto.trust import replace_revocations
 from protocol.plan import Plan
 from server.store import RunStore
 
-LATE, REVOKED = "owner-4", "owner-2"
-ROUNDS = 30
-"""So many that a node, which takes seconds to start, joins long before the last one."""
+LATE, REVOKED, WAITED_FOR = "owner-4", "owner-2", "owner-1"
+ROUNDS = 10
 
 
 def plan_of(name: str, rounds: int) -> Plan:
     return small_plan(
         run={"name": name, "rounds": rounds},
         cohort={"minimum": 3, "maximum": 4},
-        training={"local_steps": 40, "learning_rate": 0.1},
         privacy={"target_epsilon": 1.0},
     )
 
@@ -49,7 +50,9 @@ def joined(federation: RealFederation) -> RunStore:
     """A run of three owners that a fourth one joins."""
     store = federation.submit(plan_of("joined", ROUNDS))
     wait_until(store.finished_rounds, 120, lambda: f"the first round; logs: {federation.logs()}")
-    federation.start_owner(LATE)
+    with stopped(federation, WAITED_FOR):
+        federation.start_owner(LATE)
+        wait_until(lambda: "is connected" in federation.log(LATE), 60, "the newcomer's connection")
     federation.wait_for_end(store)
     return store
 
@@ -57,13 +60,25 @@ def joined(federation: RealFederation) -> RunStore:
 @pytest.fixture(scope="module")
 def revoked(federation: RealFederation, joined: RunStore) -> RunStore:
     """A run of four owners, one of which is revoked behind the first round."""
-    store = federation.submit(plan_of("revoked", ROUNDS // 2))
+    store = federation.submit(plan_of("revoked", ROUNDS))
     wait_until(store.finished_rounds, 120, lambda: f"the first round; logs: {federation.logs()}")
-    fresh = revoke(federation.made.folder / "pki", PASSPHRASE, [REVOKED])
-    for home in (federation.home, *(owner.folder for owner in federation.made.owners)):
-        replace_revocations(home / "identity", fresh)
+    with stopped(federation, WAITED_FOR):
+        fresh = revoke(federation.made.folder / "pki", PASSPHRASE, [REVOKED])
+        for home in (federation.home, *(owner.folder for owner in federation.made.owners)):
+            replace_revocations(home / "identity", fresh)
     federation.wait_for_end(store)
     return store
+
+
+@contextmanager
+def stopped(federation: RealFederation, name: str) -> Iterator[None]:
+    """Let a running round wait for an owner until something has happened."""
+    (pid,) = (pid for pid, line in federation.living().items() if f"owners/{name}" in " ".join(line))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def sizes(store: RunStore) -> list[int]:
