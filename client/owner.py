@@ -34,6 +34,7 @@ from tasks.images import Examples, RowFilter
 from tasks.registry import Task, task_for
 
 IDENTITY, POLICY, LEDGER, STATE = "identity", "policy.toml", "ledger", "state.db"
+SALT = f"{IDENTITY}/storage.salt"
 
 
 @dataclass
@@ -219,4 +220,4 @@ def open_ledger(home: Path, policy: Policy, adoption: Adoption | None = None) ->
 
 def open_store(home: Path, passphrase: bytes) -> StateStore:
     """Open the protocol state of a home, which the passphrase unseals."""
-    return StateStore(home / STATE, StorageBox(storage_key(home / IDENTITY / "storage.salt", passphrase)))
+    return StateStore(home / STATE, StorageBox(storage_key(home / SALT, passphrase)))

@@ -11,7 +11,7 @@ import pytest
 
 from crypto import vault
 
-FEW = 12
+SALTS = 12
 TABLE = ("who is killed", "at step", "owners of each finished round", "void attempts", "seconds")
 
 
@@ -22,7 +22,7 @@ def keys_derived_once() -> Iterator[None]:
     It is the same key, a tenth of a second earlier; other processes derive it themselves. Salts are
     taken from a few in turn, so that homes which have a passphrase in common need few keys.
     """
-    salts = cycle([vault.new_salt() for _ in range(FEW)])
+    salts = cycle([vault.new_salt() for _ in range(SALTS)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vault, "new_salt", lambda: next(salts))
         patch.setattr(vault, "_scrypt", lru_cache(maxsize=4096)(vault._scrypt))

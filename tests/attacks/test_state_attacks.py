@@ -22,7 +22,7 @@ from hostile import HostileFederation, HostileRun, answers
 import server.strategy
 from client import contribution, rounds
 from client.following import opened_mean
-from client.owner import IDENTITY, STATE, open_owner
+from client.owner import SALT, STATE, open_owner
 from client.store import StateStore
 from crypto.presets import packing_for
 from crypto.trust import load_trust
@@ -183,9 +183,7 @@ def copied(homes: Homes, index: int, folder: Path) -> Iterator[StateStore]:
     folder = Path(tempfile.mkdtemp(dir=folder))
     with sqlite3.connect(homes.folders[index] / STATE) as origin:
         origin.execute("VACUUM INTO ?", (str(folder / STATE),))
-    box = StorageBox(
-        storage_key(homes.folders[index] / IDENTITY / "storage.salt", homes.passphrases[index])
-    )
+    box = StorageBox(storage_key(homes.folders[index] / SALT, homes.passphrases[index]))
     store = StateStore(folder / STATE, box)
     try:
         yield store
@@ -225,7 +223,7 @@ def stolen_states(homes: Homes, index: int, run: str, folder: Path) -> list[Any]
     SQLite accepts any prefix of a write-ahead log that ends with a commit, so the thief cuts the log.
     """
     home = homes.folders[index]
-    box = StorageBox(storage_key(home / IDENTITY / "storage.salt", homes.passphrases[index]))
+    box = StorageBox(storage_key(home / SALT, homes.passphrases[index]))
     log = (home / f"{STATE}-wal").read_bytes() if (home / f"{STATE}-wal").exists() else b""
     page = struct.unpack(">I", log[8:12])[0] if log else 4096
     ends = [0] + [

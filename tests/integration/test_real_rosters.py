@@ -30,9 +30,9 @@ LATE, REVOKED, WAITED_FOR = "owner-4", "owner-2", "owner-1"
 ROUNDS = 10
 
 
-def plan_of(name: str, rounds: int) -> Plan:
+def plan_of(name: str) -> Plan:
     return small_plan(
-        run={"name": name, "rounds": rounds},
+        run={"name": name, "rounds": ROUNDS},
         cohort={"minimum": 3, "maximum": 4},
         privacy={"target_epsilon": 1.0},
     )
@@ -48,7 +48,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealFederat
 @pytest.fixture(scope="module")
 def joined(federation: RealFederation) -> RunStore:
     """A run of three owners that a fourth one joins."""
-    store = federation.submit(plan_of("joined", ROUNDS))
+    store = federation.submit(plan_of("joined"))
     wait_until(store.finished_rounds, 120, lambda: f"the first round; logs: {federation.logs()}")
     with stopped(federation, WAITED_FOR):
         federation.start_owner(LATE)
@@ -60,7 +60,7 @@ def joined(federation: RealFederation) -> RunStore:
 @pytest.fixture(scope="module")
 def revoked(federation: RealFederation, joined: RunStore) -> RunStore:
     """A run of four owners, one of which is revoked behind the first round."""
-    store = federation.submit(plan_of("revoked", ROUNDS))
+    store = federation.submit(plan_of("revoked"))
     wait_until(store.finished_rounds, 120, lambda: f"the first round; logs: {federation.logs()}")
     with stopped(federation, WAITED_FOR):
         fresh = revoke(federation.made.folder / "pki", PASSPHRASE, [REVOKED])
@@ -72,7 +72,7 @@ def revoked(federation: RealFederation, joined: RunStore) -> RunStore:
 
 @contextmanager
 def stopped(federation: RealFederation, name: str) -> Iterator[None]:
-    """Let a running round wait for an owner until something has happened."""
+    """Let a running round wait for an owner while something else happens."""
     (pid,) = (pid for pid, line in federation.living().items() if f"owners/{name}" in " ".join(line))
     os.kill(pid, signal.SIGSTOP)
     try:
