@@ -28,7 +28,7 @@ from protocol.errors import EncodingInvalid
 
 _LOG = logging.getLogger("fedseal.server")
 
-PIECE_BYTES: Final = 256 * 1024
+PIECE_BYTES: Final = 64 * 1024
 """Longest stretch of an item that is in memory while it is received or sent; a shorter item is whole."""
 
 SMALL_BYTES: Final = 4 * 1024 * 1024
