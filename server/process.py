@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from server.addresses import Addresses, forget_addresses, write_addresses
 from server.flower.superlink import SuperLinkOptions
 from server.home import HOME_VARIABLE, IDENTITY, MEMBERS
 from server.listeners.launcher import Coordinator, ListenerOptions, serve
+
+_PORTS, _PORT_TRIES = range(20_000, 32_000), 100
 
 
 def run_server(
@@ -88,7 +93,16 @@ def _announce(home: Path, addresses: Addresses, ready: Callable[[], None] | None
 
 
 def free_port() -> int:
-    """Return a loopback TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a loopback TCP port that is free now.
+
+    It is below those that systems give to outgoing connections: one of these could take it before its
+    program listens there, seconds later.
+
+    Raises:
+        OSError: None was free in many tries.
+    """
+    for port in secrets.SystemRandom().sample(_PORTS, _PORT_TRIES):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
