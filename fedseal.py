@@ -163,7 +163,7 @@ def server(
     passphrase_file: PassphraseFile = None,
 ) -> None:
     """Run the coordinator until it is stopped."""
-    from server.listeners.launcher import ListenerOptions
+    from server.listeners.sockets import ListenerOptions
     from server.process import run_server
 
     _log_to_stderr()

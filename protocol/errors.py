@@ -370,6 +370,15 @@ class HomeBusy(FedsealError):
     exit_code = 5
 
 
+class AddressUnavailable(FedsealError):
+    """The coordinator cannot accept connections at the address that it was given."""
+
+    code = "FS-SERVER-01"
+    what = "The coordinator cannot listen at this address."
+    remedy = "Choose --host and --port anew, or stop what listens there; fedseal doctor looks at a port."
+    exit_code = 10
+
+
 class PeerUnusable(FedsealError):
     """Another project's program, with which a benchmark compares, cannot be run."""
 

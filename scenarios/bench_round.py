@@ -35,7 +35,7 @@ from scenarios.federation import Federation, PolicySettings, make_federation
 from scenarios.official_flower import ended_rounds, start_official, submit_official
 from scenarios.process_meter import ProcessMeter, Samples
 from scenarios.processes import Processes
-from server.process import free_port
+from server.listeners.sockets import free_port
 from server.store import RunStore
 from server.submit import prepare_run, submit
 from server.watch import follow

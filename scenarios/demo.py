@@ -18,7 +18,7 @@ from protocol.plan import Plan
 from scenarios.federation import Federation, OwnerHome, make_federation
 from scenarios.processes import Processes
 from server.addresses import read_addresses
-from server.process import free_port
+from server.listeners.sockets import free_port
 from server.release import release_key
 from server.store import RunStore
 from server.submit import prepare_run, submit

@@ -25,7 +25,7 @@ from protocol.errors import BenchmarkFailed
 from protocol.plan import Plan
 from scenarios.plain_fedavg import plain_update
 from scenarios.processes import Processes
-from server.process import free_port
+from server.listeners.sockets import free_port
 from tasks.registry import task_for
 
 ROOT: Final = Path(__file__).parents[1]

@@ -33,7 +33,7 @@ from protocol.plan import Plan
 from protocol.records import from_record, to_record
 from server.exchange import Exchanger, Request
 from server.flower import control as flower_control
-from server.listeners.launcher import ListenerOptions
+from server.listeners.sockets import ListenerOptions
 from server.process import run_server
 from server.runs import open_run_folder
 from server.store import RunStore

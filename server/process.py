@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import secrets
-import socket
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,16 +17,16 @@ from protocol.errors import CertificateRefused
 from server.addresses import Addresses, forget_addresses, write_addresses
 from server.flower.superlink import SuperLinkOptions
 from server.home import HOME_VARIABLE, IDENTITY, MEMBERS
-from server.listeners.launcher import Coordinator, ListenerOptions, serve
+from server.listeners.launcher import Coordinator, Sockets, serve
+from server.listeners.sockets import ListenerOptions, listening
 
-_PORTS, _PORT_TRIES = range(20_000, 32_000), 100
+_RUNTIME = ListenerOptions("127.0.0.1", 0)
 
 
 def run_server(
     home: Path,
     passphrase: bytes,
     listener: ListenerOptions,
-    runtime_port: int = 0,
     ready: Callable[[], None] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM.
@@ -39,12 +35,12 @@ def run_server(
         home: The coordinator's home, with ``identity/`` and ``members/``.
         passphrase: Opens the TLS key.
         listener: Where owners connect.
-        runtime_port: Loopback port of Flower's runtime API; 0 takes a free one.
         ready: Called once when all listeners accept connections.
 
     Raises:
         SecretUnavailable, CertificateRefused: The identity cannot be opened.
         HomeBusy: Another coordinator of this home runs.
+        AddressUnavailable: The coordinator cannot listen there.
         LogBroken: The log of acts is not the one that was written.
     """
     return_large_memory()
@@ -54,8 +50,13 @@ def run_server(
         raise CertificateRefused("the coordinator's home has no members folder")
     os.environ[HOME_VARIABLE] = str(home.resolve())
     os.environ["FLWR_HOME"] = str((home / "flower").resolve())
-    port = runtime_port or free_port()
-    with alone_in(home), ssl_key_file(credentials.key) as (key_file, password):
+    with (
+        alone_in(home),
+        listening(listener) as owners,
+        listening(_RUNTIME) as runtime,
+        ssl_key_file(credentials.key) as (key_file, password),
+    ):
+        port = runtime[0].getsockname()[1]
         coordinator = _coordinator(home, credentials)
         options = SuperLinkOptions(
             runtime_port=port,
@@ -72,7 +73,9 @@ def run_server(
             "server.start", certificate=certificate, host=listener.host, port=listener.port
         )
         try:
-            serve(options, listener, coordinator, partial(_announce, home, addresses, ready))
+            serve(
+                options, Sockets(owners, runtime), coordinator, partial(_announce, home, addresses, ready)
+            )
         finally:
             forget_addresses(home)
             coordinator.log.record("server.stop")
@@ -90,19 +93,3 @@ def _announce(home: Path, addresses: Addresses, ready: Callable[[], None] | None
     write_addresses(home, addresses)
     if ready is not None:
         ready()
-
-
-def free_port() -> int:
-    """Return a loopback TCP port that is free now.
-
-    It is below those that systems give to outgoing connections: one of these could take it before its
-    program listens there, seconds later.
-
-    Raises:
-        OSError: None was free in many tries.
-    """
-    for port in secrets.SystemRandom().sample(_PORTS, _PORT_TRIES):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

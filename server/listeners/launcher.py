@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from cryptography import x509
@@ -49,16 +50,16 @@ _EXIT_CHECK_S = 0.1
 
 
 @dataclass(frozen=True)
-class ListenerOptions:
-    """Where owners connect.
+class Sockets:
+    """Listening TCP sockets of a coordinator.
 
     Attributes:
-        host: Address to bind; loopback unless told otherwise.
-        port: Port to bind.
+        owners: Where owners connect.
+        runtime: Where the run's own process connects, on loopback.
     """
 
-    host: str
-    port: int
+    owners: list[socket.socket]
+    runtime: list[socket.socket]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def for_own_processes(path: str) -> bool:
 
 def serve(
     options: SuperLinkOptions,
-    listener: ListenerOptions,
+    sockets: Sockets,
     coordinator: Coordinator,
     ready: Callable[[], None] | None = None,
 ) -> None:
@@ -116,7 +117,7 @@ def serve(
 
     Args:
         options: The SuperLink's addresses and files.
-        listener: Where owners connect.
+        sockets: Where owners and the run's own process connect; closed at the end.
         coordinator: Home, trust and log.
         ready: Called once without arguments when all listeners accept connections.
     """
@@ -125,12 +126,12 @@ def serve(
         signal.signal(number, lambda _number, _frame: None)
     allow_many_files()
     with asyncio.Runner(loop_factory=PatientLoop) as runner:
-        runner.run(_serve(options, listener, coordinator, ready))
+        runner.run(_serve(options, sockets, coordinator, ready))
 
 
 async def _serve(
     options: SuperLinkOptions,
-    listener: ListenerOptions,
+    sockets: Sockets,
     coordinator: Coordinator,
     ready: Callable[[], None] | None,
 ) -> None:
@@ -140,8 +141,6 @@ async def _serve(
         Only(batches.runtime, for_own_processes),
         options,
         SameUserProtocol,
-        host="127.0.0.1",
-        port=options.runtime_port,
         lifespan="on",
     )
     endpoint = ControlEndpoint(coordinator.home, flower, coordinator.log)
@@ -151,17 +150,15 @@ async def _serve(
         Bounded(Only(batches.fleet, for_owners), PEER),
         options,
         let_in("owner-transport"),
-        host=listener.host,
-        port=listener.port,
     )
     members = Members(coordinator, flower)
     with control_socket(coordinator.home) as control:
-        tasks = [asyncio.create_task(private.serve())]
+        tasks = [asyncio.create_task(private.serve(sockets=sockets.runtime))]
         await _started(private, tasks)
         await asyncio.to_thread(members.register)
         tasks += [
             asyncio.create_task(operators.serve(sockets=[control])),
-            asyncio.create_task(owners.serve()),
+            asyncio.create_task(owners.serve(sockets=sockets.owners)),
         ]
         await _started(operators, tasks)
         await _started(owners, tasks)
@@ -195,7 +192,10 @@ async def _started(server: uvicorn.Server, tasks: list[asyncio.Task[None]]) -> N
 
 
 def _server(
-    app: Any, options: SuperLinkOptions, protocol: type[HttpToolsProtocol], **where: Any
+    app: Any,
+    options: SuperLinkOptions,
+    protocol: type[HttpToolsProtocol],
+    lifespan: Literal["on", "off"],
 ) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
@@ -209,7 +209,7 @@ def _server(
         ssl_certfile=options.certificate_file,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=2,
-        **where,
+        lifespan=lifespan,
     )
     config.load()
     if config.ssl is None:
@@ -218,10 +218,8 @@ def _server(
     return uvicorn.Server(config)
 
 
-def _certified_server(
-    app: Any, options: SuperLinkOptions, admission: Admission, **where: Any
-) -> uvicorn.Server:
-    server = _server(app, options, certified_protocol(admission), lifespan="off", **where)
+def _certified_server(app: Any, options: SuperLinkOptions, admission: Admission) -> uvicorn.Server:
+    server = _server(app, options, certified_protocol(admission), lifespan="off")
     context = server.config.ssl
     if context is None:
         raise RuntimeError("a listener has no TLS context")

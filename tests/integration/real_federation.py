@@ -23,7 +23,7 @@ from protocol.plan import Plan
 from scenarios.demo import start_federation, start_owner, wait_for_coordinator
 from scenarios.federation import Federation, OwnerHome, PolicySettings, make_federation
 from scenarios.processes import Processes
-from server.process import free_port
+from server.listeners.sockets import free_port
 from server.store import RunStore
 from server.submit import prepare_run, submit
 from tasks.partition import digits, write_examples

@@ -1,9 +1,10 @@
-"""A second node or coordinator started on a home that has one running: a slip that must end nothing."""
+"""A node or coordinator started where one runs already, on its home or its port: it must end nothing."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ import pytest
 from real_federation import PASSPHRASE, RealFederation
 
 from crypto.locks import alone_in
-from protocol.errors import HomeBusy
-from server.home import ADDRESSES
-from server.process import free_port
+from protocol.errors import AddressUnavailable, HomeBusy
+from server.home import ADDRESSES, IDENTITY, MEMBERS
+from server.listeners.sockets import free_port
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,6 +34,19 @@ def test_second_coordinator_changes_nothing(real: RealFederation) -> None:
     assert HomeBusy.code in done.stderr
     assert "Traceback" not in done.stderr
     assert (log.read_bytes(), addresses.read_bytes()) == before
+    assert isinstance(real.made.link().runs(), list)
+
+
+def test_taken_port_is_said_before_anything_is_written(real: RealFederation, tmp_path: Path) -> None:
+    """A copy of the home would otherwise run beside it, and log a start that never was."""
+    home = tmp_path / "home"
+    shutil.copytree(real.home / IDENTITY, home / IDENTITY)
+    (home / MEMBERS).mkdir()
+    done = start("server", "--home", str(home), "--port", str(real.port))
+    assert done.returncode == AddressUnavailable.exit_code
+    assert AddressUnavailable.code in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {file.name for file in home.iterdir()} == {IDENTITY, MEMBERS}
     assert isinstance(real.made.link().runs(), list)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from real_federation import wait_until
 
-from server.process import free_port
+from server.listeners.sockets import free_port
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent

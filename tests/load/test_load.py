@@ -17,7 +17,7 @@ from scenarios.demo import wait_for_coordinator
 from scenarios.grid import LocalGrid
 from scenarios.process_meter import all_usages, with_descendants
 from scenarios.processes import Processes
-from server.process import free_port
+from server.listeners.sockets import free_port
 from server.submit import prepare_run, submit
 from tasks.resolve import resolve
 from tests.load.made import PASSPHRASE, Gauge, check_faultless, many, plan_of, run_watched
