@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 from flwr.app import Context, Message
 
-from client.app import make_app
 from client.coordinator import CoordinatorWatch
 from client.flower import FleetConnection, fleet_connection, tls_context
 from client.owner import IDENTITY, Owner, open_owner
@@ -66,9 +65,12 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
 def _serve(owner: Owner, home: Path, address: str, stop: threading.Event) -> None:
     identity = home / IDENTITY
     context = partial(tls_context, identity / "ca.crt", identity / "transport.crt", owner.credentials)
-    app = make_app(lambda _context: owner)
     watch = CoordinatorWatch(owner.trust, address, context)
     with fleet_connection(address, context(), owner.credentials) as connection:
+        # what trains takes seconds to import, and a coordinator that refuses this node needs none of it
+        from client.app import make_app
+
+        app = make_app(lambda _context: owner)
         _LOG.info("node of %s is connected", owner.name)
         relay(connection, app, stop, watch.check)
 
