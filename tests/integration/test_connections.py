@@ -222,7 +222,8 @@ def test_kernel_shows_no_other_peer(watched: Watched) -> None:
 
 def test_switches_are_set_before_any_process_imports_flower(watched: Watched) -> None:
     imports = watched.of("flower")
-    assert set(ROLES) <= {role_of(record["argv"]) for record in imports}
+    # the demo starts processes, and needs nothing of Flower itself
+    assert set(ROLES) - {"demo"} <= {role_of(record["argv"]) for record in imports}
     for record in imports:
         assert record["detail"] == FLOWER_ENVIRONMENT, role_of(record["argv"])
 
