@@ -30,7 +30,7 @@ from console.options import (
 )
 from console.privacy import privacy_app
 from console.records import audit_app, data_app, ledger_app, package_app, plan_app, seal_app
-from protocol.environment import prepare_environment
+from protocol.environment import importing, prepare_environment
 from protocol.errors import FedsealError
 from scenarios.bench import BenchmarkName
 
@@ -163,8 +163,9 @@ def server(
     passphrase_file: PassphraseFile = None,
 ) -> None:
     """Run the coordinator until it is stopped."""
-    from server.listeners.sockets import ListenerOptions
-    from server.process import run_server
+    with importing():
+        from server.listeners.sockets import ListenerOptions
+        from server.process import run_server
 
     _log_to_stderr()
     passphrase = ask_passphrase(passphrase_file, "Passphrase of the coordinator's key")
@@ -184,7 +185,8 @@ def client(
     once: Annotated[bool, typer.Option(help="End when the coordinator is not there.")] = False,
 ) -> None:
     """Run an owner's node until it is stopped."""
-    from client.node import run_node
+    with importing():
+        from client.node import run_node
 
     _log_to_stderr()
     passphrase = ask_passphrase(passphrase_file, "Passphrase of the owner's keys")

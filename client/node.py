@@ -23,6 +23,7 @@ from client.coordinator import CoordinatorWatch
 from client.flower import FleetConnection, fleet_connection, tls_context
 from client.owner import IDENTITY, Owner, open_owner
 from crypto.locks import alone_in
+from protocol.environment import importing
 from protocol.errors import CertificateRefused, ServerUnavailable
 
 _LOG = logging.getLogger("fedseal.client")
@@ -68,7 +69,8 @@ def _serve(owner: Owner, home: Path, address: str, stop: threading.Event) -> Non
     watch = CoordinatorWatch(owner.trust, address, context)
     with fleet_connection(address, context(), owner.credentials) as connection:
         # what trains takes seconds to import, and a coordinator that refuses this node needs none of it
-        from client.app import make_app
+        with importing():
+            from client.app import make_app
 
         app = make_app(lambda _context: owner)
         _LOG.info("node of %s is connected", owner.name)

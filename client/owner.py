@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,10 @@ from crypto.vault import StorageBox, storage_key
 from protocol.errors import PolicyInvalid
 from protocol.messages import Purpose
 from protocol.plan import Plan
-from tasks.images import Examples, RowFilter
 from tasks.registry import Task, task_for
+
+if TYPE_CHECKING:
+    from tasks.images import Examples, RowFilter
 
 IDENTITY, POLICY, LEDGER, STATE = "identity", "policy.toml", "ledger", "state.db"
 SALT = f"{IDENTITY}/storage.salt"

@@ -1,18 +1,21 @@
-"""The tasks that a plan can name."""
+"""The tasks that a plan can name. What a task needs for its models is imported with the first one."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from protocol.errors import PlanInvalid
 from protocol.plan import Plan
-from tasks.images import Examples, ImageClassification, RowFilter
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from tasks.images import Examples, RowFilter
 
 
 class Task(Protocol):
@@ -54,4 +57,6 @@ def task_for(plan: Plan) -> Task:
     """
     if plan.task.name != "image-classification":
         raise PlanInvalid("task.name: the only task is `image-classification`")
+    from tasks.images import ImageClassification
+
     return ImageClassification(plan.task, plan.model.name)

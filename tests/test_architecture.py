@@ -204,9 +204,16 @@ def test_the_protocol_needs_no_torch(module: str) -> None:
         assert not {package_of(imported) for imported in all_imports(name)} & heavy
 
 
-def test_what_listens_and_what_watches_load_no_torch() -> None:
-    """Only the process that carries a run out does; a coordinator waits for weeks, and torch is large."""
-    modules = "server.process, server.watch, server.runs, server.addresses"
+@pytest.mark.parametrize(
+    "modules",
+    [
+        # a coordinator waits for weeks, and torch is large; only the process of a run loads it
+        "server.process, server.watch, server.runs, server.addresses",
+        # torch takes seconds, and who makes a home, reads a ledger or is not let in trains nothing
+        "scenarios.federation, console.ledger, client.owner, client.node",
+    ],
+)
+def test_what_trains_nothing_loads_no_torch(modules: str) -> None:
     code = f"import sys, {modules}; print(sorted({{'torch', 'opacus', 'scipy'}} & sys.modules.keys()))"
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
