@@ -51,6 +51,7 @@ def test_the_verb_tells_whether_all_faults_were_caught(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_200_correct_runs_raise_no_alarm() -> None:
     found = self_test(DEFAULT_RUNS, lambda _: None)
     assert found.passed
