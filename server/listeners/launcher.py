@@ -31,6 +31,7 @@ from crypto.trust import Trust, list_number
 from protocol.errors import FedsealError
 from server.flower.batches import Batches
 from server.flower.control import ControlClient
+from server.flower.starts import Starts
 from server.flower.superlink import SuperLinkOptions, superlink_app
 from server.home import MEMBERS
 from server.listeners.admission import (
@@ -136,9 +137,10 @@ async def _serve(
     ready: Callable[[], None] | None,
 ) -> None:
     app = superlink_app(options)
-    batches, flower = Batches(app), ControlClient(app, asyncio.get_running_loop())
+    batches, starts = Batches(app), Starts()
+    flower = ControlClient(starts.noted(app), asyncio.get_running_loop())
     private = _server(
-        Only(batches.runtime, for_own_processes),
+        Only(starts.awaited(batches.runtime), for_own_processes),
         options,
         SameUserProtocol,
         lifespan="on",
@@ -165,25 +167,30 @@ async def _serve(
         if ready is not None and owners.started:
             ready()
         watch = asyncio.create_task(_watch(coordinator, members, [owners, operators]))
-        ending = asyncio.create_task(_end_waiting([private, operators, owners], batches))
+
+        def end_waits() -> None:
+            batches.close()
+            starts.close()
+
+        ending = asyncio.create_task(_when_told_to_end([private, operators, owners], end_waits))
         await asyncio.wait([*tasks, watch], return_when=asyncio.FIRST_COMPLETED)
         watch.cancel()
         ending.cancel()
         for server in (private, operators, owners):
             server.should_exit = True
         # one listener may have ended before it was seen that it was told to
-        batches.close()
+        end_waits()
         await asyncio.gather(*tasks, return_exceptions=True)
         flower.close()
         if watch.done() and not watch.cancelled():
             watch.result()
 
 
-async def _end_waiting(servers: list[uvicorn.Server], batches: Batches) -> None:
-    """Answer requests that wait for messages as soon as a listener is told to end, which waits for them."""
+async def _when_told_to_end(servers: list[uvicorn.Server], end_waits: Callable[[], None]) -> None:
+    """Answer the requests that wait as soon as a listener is told to end, which waits for them."""
     while not any(server.should_exit for server in servers):
         await asyncio.sleep(_EXIT_CHECK_S)
-    batches.close()
+    end_waits()
 
 
 async def _started(server: uvicorn.Server, tasks: list[asyncio.Task[None]]) -> None:

@@ -31,6 +31,7 @@ from protocol.records import LARGE_BLOB_BYTES, from_record, to_record
 from server.flower.control import _bundle
 from server.flower.grid import set_identity
 from server.flower.objects import ON_DISK_BYTES, RESERVED_BYTES, DiskObjectStore
+from server.flower.starts import _ACQUIRE_PATH, _LONGEST_WAIT_S, _START_PATH
 from server.flower.superlink import SuperLinkOptions, superlink_app
 from tests.credentials import server_of
 
@@ -141,6 +142,18 @@ def test_control_api_asks_nobody_who_he_is() -> None:
     """This is why no listener serves it; if Flower ever asks, that may be reconsidered."""
     load = member("flwr.superlink.config_loader", "load_control_authn_plugin")
     assert type(load()).__name__ == "NoOpControlAuthnPlugin"
+
+
+def test_starts_and_questions_for_a_task_have_the_paths_by_which_one_waits_for_the_other() -> None:
+    for path, module_name, name in (
+        (_START_PATH, "flwr.supercore.control", "ControlHttpClient"),
+        (_ACQUIRE_PATH, "flwr.supercore.runtime.runtime_http_client", "RuntimeHttpClient"),
+    ):
+        client = member(module_name, name)
+        call = client.StartRun if path == _START_PATH else client.AcquireTask
+        assert f'path="{path}"' in inspect.getsource(call), f"{name} asks elsewhere now"
+        # a question that waits must be over long before its client gives up
+        assert inspect.signature(client).parameters["timeout"].default >= 10 * _LONGEST_WAIT_S
 
 
 def test_runtime_api_wants_a_token_for_all_but_acquiring_a_task() -> None:
