@@ -22,7 +22,7 @@ from crypto.certificates import OwnerCredentials
 from crypto.identity import load_pair
 from crypto.trust import REVOCATIONS
 from protocol.batches import ANSWER_PATH, RECEIVE_PATH, RawMessage, fitting, join_batch, split_batch
-from protocol.errors import CertificateRefused, FlowerChanged, ServerUnavailable
+from protocol.errors import CertificateRefused, FedsealError, FlowerChanged, ServerUnavailable
 
 PULL_BACKOFF_S = 0.02
 _CONNECT_RETRIES = 0
@@ -103,7 +103,8 @@ def fleet_connection(
     Assumes `flwr.supernode.fleet_http_connection.http_request_response`, that it builds its client by
     `FleetHttpClient.from_server_address`, which is replaced here so that the client shows a certificate,
     and that it gives up by `flwr_exit`, which is replaced because it ends the whole process seconds later,
-    even if its `SystemExit` is caught.
+    even if its `SystemExit` is caught. What is raised inside the block would be logged with its text and
+    forgotten by it, and is kept from it therefore.
 
     Args:
         address: ``host:port`` of the coordinator's fleet listener.
@@ -111,8 +112,10 @@ def fleet_connection(
         credentials: The transport key also signs Flower's node authentication.
 
     Raises:
-        ServerUnavailable: The coordinator does not answer, or refuses this node.
+        ServerUnavailable: The coordinator does not answer or refuses this node, or what was done inside the
+            block failed by another error than a coded one.
         FlowerChanged: Flower does not have what this builds on.
+        FedsealError: A coded error of the block, as it is.
     """
     try:
         fleet: Any = importlib.import_module("flwr.supernode.fleet_http_connection")
@@ -146,6 +149,7 @@ def fleet_connection(
             return client
 
     keys = (credentials.transport_key, credentials.transport_key.public_key())
+    failure: FedsealError | None = None
     fleet.FleetHttpClient, fleet.flwr_exit = CertifiedClient, _give_up
     try:
         with fleet.http_request_response(
@@ -153,9 +157,17 @@ def fleet_connection(
         ) as callbacks:
             node_id, _receive, _send, _get_run, _get_fab, *objects = callbacks
             relay = _Relay(node_id, made[-1], *objects)
-            yield FleetConnection(node_id, relay.receive, relay.answer, relay.send)
+            try:
+                yield FleetConnection(node_id, relay.receive, relay.answer, relay.send)
+            except FedsealError as error:
+                failure = error
+            except Exception as error:  # its text may quote what was sent
+                kind = type(error).__name__
+                failure = ServerUnavailable(f"the exchange with the coordinator broke ({kind})")
     finally:
         fleet.FleetHttpClient, fleet.flwr_exit = client_class, process_exit
+    if failure is not None:
+        raise failure from None
 
 
 def _give_up(*_arguments: Any, **_options: Any) -> NoReturn:

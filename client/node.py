@@ -24,7 +24,7 @@ from client.flower import FleetConnection, fleet_connection, tls_context
 from client.owner import IDENTITY, Owner, open_owner
 from crypto.locks import alone_in
 from protocol.environment import importing
-from protocol.errors import CertificateRefused, ServerUnavailable
+from protocol.errors import CertificateRefused, EnvironmentUnfit, ServerUnavailable
 
 _LOG = logging.getLogger("fedseal.client")
 _STOP_CHECK_S = 0.2
@@ -44,37 +44,50 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
     Raises:
         ServerUnavailable: The coordinator is not there and `keep_trying` is off.
         CertificateRefused: The revocation list is missing or stale and `keep_trying` is off.
+        EnvironmentUnfit: What trains cannot be imported.
         HomeBusy: Another node of this home runs.
         FedsealError: The owner's home cannot be opened.
     """
     stop = threading.Event()
     _stop_on_signals(stop)
     with alone_in(home), closing(open_owner(home, passphrase)) as owner:
-        pause = _FIRST_RECONNECT_S
+        pause, connected = _FIRST_RECONNECT_S, threading.Event()
         while not stop.is_set():
+            connected.clear()
             try:
-                _serve(owner, home, address, stop)
-                pause = _FIRST_RECONNECT_S
+                _serve(owner, home, address, stop, connected)
             except (ServerUnavailable, CertificateRefused) as error:
-                if not keep_trying:
+                if connected.is_set():
+                    pause = _FIRST_RECONNECT_S
+                elif not keep_trying:
                     raise
                 _LOG.warning("%s; trying again in %.1f s", error, pause)
                 stop.wait(pause)
                 pause = min(pause * 2, _LAST_RECONNECT_S)
 
 
-def _serve(owner: Owner, home: Path, address: str, stop: threading.Event) -> None:
+def _serve(
+    owner: Owner, home: Path, address: str, stop: threading.Event, connected: threading.Event
+) -> None:
+    """Answer a coordinator until told to stop, or until the connection breaks, which raises."""
     identity = home / IDENTITY
     context = partial(tls_context, identity / "ca.crt", identity / "transport.crt", owner.credentials)
     watch = CoordinatorWatch(owner.trust, address, context)
     with fleet_connection(address, context(), owner.credentials) as connection:
-        # what trains takes seconds to import, and a coordinator that refuses this node needs none of it
-        with importing():
-            from client.app import make_app
-
-        app = make_app(lambda _context: owner)
+        app = _app_of(owner)
+        connected.set()
         _LOG.info("node of %s is connected", owner.name)
         relay(connection, app, stop, watch.check)
+
+
+def _app_of(owner: Owner) -> Callable[[Message, Context], Message]:
+    """Import what trains, which takes seconds and which a node that is not let in needs nothing of."""
+    try:
+        with importing():
+            from client.app import make_app
+    except Exception as error:  # its text has paths, and a library may raise anything
+        raise EnvironmentUnfit(f"what trains cannot be imported ({type(error).__name__})") from None
+    return make_app(lambda _context: owner)
 
 
 def relay(

@@ -375,7 +375,7 @@ class AddressUnavailable(FedsealError):
 
     code = "FS-SERVER-01"
     what = "The coordinator cannot listen at this address."
-    remedy = "Choose --host and --port anew, or stop what listens there; fedseal doctor looks at a port."
+    remedy = "Choose an address of this machine with --host and a free port with --port, or free that port."
     exit_code = 10
 
 

@@ -66,12 +66,11 @@ def run_server(
             key_password=password,
             object_folder=home / "flower" / "objects",
         )
-        addresses = Addresses(port, listener.host, listener.port)
+        fleet_port = owners[0].getsockname()[1]
+        addresses = Addresses(port, listener.host, fleet_port)
         forget_addresses(home)
         certificate = key_sha256(credentials.certificate.public_key())
-        coordinator.log.record(
-            "server.start", certificate=certificate, host=listener.host, port=listener.port
-        )
+        coordinator.log.record("server.start", certificate=certificate, host=listener.host, port=fleet_port)
         try:
             serve(
                 options, Sockets(owners, runtime), coordinator, partial(_announce, home, addresses, ready)

@@ -24,6 +24,7 @@ from server.listeners.limits import BoundedProtocol, refuse
 
 _LOG = logging.getLogger("fedseal.server")
 _TCP_TABLE = Path("/proc/net/tcp")
+_ESTABLISHED = "01"
 
 PEER = "fedseal.peer"
 """Key of an ASGI scope that holds the fingerprint of the peer's certified key."""
@@ -99,27 +100,37 @@ class SameUserProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Close a connection that another user of this machine has opened."""
         super().connection_made(transport)
-        if loopback_user(transport.get_extra_info("peername")) != os.geteuid():
+        peer, own = (transport.get_extra_info(end) for end in ("peername", "sockname"))
+        if loopback_user(peer, own) != os.geteuid():
             _LOG.warning("a connection of another user of this machine was closed")
             transport.abort()
 
 
-def loopback_user(peer: tuple[str, int] | None, table: Path = _TCP_TABLE) -> int | None:
-    """Return the user id that owns a TCP socket of this machine; None if it is not found.
+def loopback_user(
+    peer: tuple[str, int] | None, own: tuple[str, int], table: Path = _TCP_TABLE
+) -> int | None:
+    """Return the user id that owns the other end of a connection on this machine; None if it is not found.
+
+    Both ends are compared: sockets of two users may have one port, if they are connected to different ones.
 
     Args:
-        peer: IPv4 address and port of the socket.
+        peer: IPv4 address and port of the other end.
+        own: The same of this end.
         table: The kernel's table of IPv4 sockets, see proc(5).
     """
     if peer is None:
         return None
-    octets = bytes(map(int, peer[0].split(".")))
-    wanted = f"{int.from_bytes(octets, 'little'):08X}:{peer[1]:04X}"
+    wanted = [_as_in_the_table(peer), _as_in_the_table(own), _ESTABLISHED]
     for line in table.read_text(encoding="ascii").splitlines()[1:]:
         fields = line.split()
-        if fields[1] == wanted:
+        if fields[1:4] == wanted:
             return int(fields[7])
     return None
+
+
+def _as_in_the_table(address: tuple[str, int]) -> str:
+    octets = bytes(map(int, address[0].split(".")))
+    return f"{int.from_bytes(octets, 'little'):08X}:{address[1]:04X}"
 
 
 def end_refused_connections(connections: set[Any]) -> None:

@@ -23,7 +23,8 @@ _REASONS = {
     errno.EADDRNOTAVAIL: "this machine has no such address",
 }
 _PORTS, _PORT_TRIES = range(20_000, 32_000), 100
-_NOT_HERE = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+_BACKLOG = 2048
+"""As many as uvicorn takes: it listens anew on these sockets once it serves."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,25 @@ class ListenerOptions:
 def listening(where: ListenerOptions) -> Iterator[list[socket.socket]]:
     """Yield a listening socket for each address that a host's name stands for; all close after the block.
 
+    Left out is what the machine has no use for: an address of a family that it lacks, such as IPv6's own
+    loopback, for which `localhost` stands everywhere.
+
     Args:
         where: Host and port. With port 0 a name of several addresses gets several ports.
 
     Raises:
-        AddressUnavailable: One of them is taken or not allowed, or the machine has none of them.
+        AddressUnavailable: One of them is taken, not allowed or not this machine's, or there is none.
     """
     with ExitStack() as stack:
         sockets = []
         for family, address in _addresses(where):
             try:
-                sockets.append(stack.enter_context(socket.create_server(address, family=family)))
+                listener = socket.create_server(address, family=family, backlog=_BACKLOG)
             except OSError as error:
-                # a name may stand for an address of a family that this machine does not use
-                if error.errno not in _NOT_HERE:
+                if not _of_an_unused_family(address, error.errno):
                     raise _unavailable(where, error.errno) from None
+            else:
+                sockets.append(stack.enter_context(listener))
         if not sockets:
             raise _unavailable(where, errno.EADDRNOTAVAIL)
         yield sockets
@@ -83,8 +88,12 @@ def _addresses(where: ListenerOptions) -> list[tuple[int, Any]]:
     try:
         found = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
-        raise _unavailable(where, errno.EADDRNOTAVAIL) from None
+        raise AddressUnavailable(f"{where.host}: no address is known for this name") from None
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+
+
+def _of_an_unused_family(address: tuple[Any, ...], number: int | None) -> bool:
+    return number == errno.EAFNOSUPPORT or (number == errno.EADDRNOTAVAIL and address[0] == "::1")
 
 
 def _unavailable(where: ListenerOptions, number: int | None) -> AddressUnavailable:

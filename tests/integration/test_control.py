@@ -200,9 +200,30 @@ class TestOtherUsersOfTheMachine:
             socket.create_server(("127.0.0.1", 0)) as listener,
             socket.create_connection(listener.getsockname()) as client,
         ):
-            assert loopback_user(client.getsockname()) == os.geteuid()
-        assert loopback_user(None) is None
-        assert loopback_user(("127.0.0.1", 1)) is None
+            ends = client.getsockname(), client.getpeername()
+            assert loopback_user(*ends) == os.geteuid()
+        assert loopback_user(None, ends[1]) is None
+        assert loopback_user(("127.0.0.1", 1), ends[1]) is None
+
+    def test_one_port_of_two_users_is_told_apart(self, tmp_path: Path) -> None:
+        """Somebody may open a connection from a port that this user's own connection elsewhere has, too."""
+        ours, theirs, closed = 1000, 65534, 0
+        rows = [
+            f"{number}: 0100007F:{local:04X} 0100007F:{remote:04X} {state} 0:0 00:0 0 {user} 0 {number}"
+            for number, (local, remote, state, user) in enumerate(
+                [
+                    (5000, 9000, "01", ours),
+                    (5000, 8000, "06", closed),
+                    (5000, 8000, "01", theirs),
+                    (8000, 5000, "01", ours),
+                ]
+            )
+        ]
+        table = tmp_path / "tcp"
+        table.write_text("\n".join(["header", *rows]) + "\n", encoding="ascii")
+        assert loopback_user(("127.0.0.1", 5000), ("127.0.0.1", 8000), table) == theirs
+        assert loopback_user(("127.0.0.1", 5000), ("127.0.0.1", 9000), table) == ours
+        assert loopback_user(("127.0.0.1", 5000), ("127.0.0.1", 7000), table) is None
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
     def test_another_user_reaches_no_listener_of_this_machine(self, real: RealFederation) -> None:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
 from flwr.proto.message_pb2 import Message
 from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import AcquireTaskResponse
 from real_federation import PASSPHRASE, RealFederation
 
 from client.flower import fleet_connection, tls_context
@@ -34,6 +35,7 @@ from protocol.batches import (
     join_batch,
     split_batch,
 )
+from protocol.errors import EnvironmentUnfit, ServerUnavailable
 from server.addresses import read_addresses
 
 OWNER = "owner-1"
@@ -78,6 +80,39 @@ def node_id(real: RealFederation, credentials: OwnerCredentials) -> int:
         return connection.node_id
 
 
+@pytest.mark.parametrize("raised", [OSError("/home/anna/secret.so"), httpx.ReadError("secret")])
+def test_what_breaks_a_connection_is_told_by_its_type(
+    real: RealFederation,
+    credentials: OwnerCredentials,
+    raised: Exception,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Flower would write the text down and go on as if nothing had been."""
+    identity = real.owner(OWNER).folder / "identity"
+    context = tls_context(identity / "ca.crt", identity / "transport.crt", credentials)
+    with (
+        pytest.raises(ServerUnavailable, match=type(raised).__name__) as caught,
+        fleet_connection(f"127.0.0.1:{real.port}", context, credentials),
+    ):
+        raise raised
+    assert caught.value.__suppress_context__
+    shown = capfd.readouterr()
+    assert "secret" not in f"{caplog.text}{shown.out}{shown.err}{caught.value}"
+
+
+def test_a_coded_error_leaves_a_connection_as_it_is(
+    real: RealFederation, credentials: OwnerCredentials
+) -> None:
+    identity = real.owner(OWNER).folder / "identity"
+    context = tls_context(identity / "ca.crt", identity / "transport.crt", credentials)
+    with (
+        pytest.raises(EnvironmentUnfit),
+        fleet_connection(f"127.0.0.1:{real.port}", context, credentials),
+    ):
+        raise EnvironmentUnfit("as it is")
+
+
 # --- who may ask -------------------------------------------------------------------------------------
 
 
@@ -103,6 +138,18 @@ def test_a_reply_in_another_nodes_name_is_refused(
         pushed = PushMessagesRequest(node=Node(node_id=node), messages_list=messages)
         body = join_batch([b"x", pushed.SerializeToString()])
         assert client.post(ANSWER_PATH, content=body, headers=signed(credentials)).status_code == 401
+
+
+def test_a_question_for_a_task_waits(real: RealFederation) -> None:
+    """For a second, as nobody starts a run."""
+    own = f"https://127.0.0.1:{read_addresses(real.home).runtime_port}"
+    context = ssl.create_default_context(cafile=real.home / "identity" / "ca.crt")
+    with httpx.Client(verify=context, base_url=own, timeout=30, trust_env=False) as made:
+        began = time.monotonic()
+        for _ in range(3):
+            answer = made.post("/v1/runtime/acquire-task", content=b"", headers=PROTOBUF)
+            assert not AcquireTaskResponse.FromString(answer.content).HasField("task")
+        assert time.monotonic() - began > 1.0
 
 
 @pytest.mark.parametrize("path", [PUSH_PATH, PULL_PATH])

@@ -81,10 +81,13 @@ def test_a_start_between_two_questions_is_not_missed() -> None:
     in_a_loop(scenario)
 
 
-def test_one_start_ends_one_wait() -> None:
+@pytest.mark.parametrize("runs", [1, 3])
+def test_each_start_ends_one_wait(runs: int) -> None:
     async def scenario(asked: Asked) -> None:
-        await asked.start()
-        await asked.ask(ACQUIRE)
+        for _ in range(runs):
+            await asked.start()
+        for _ in range(runs):
+            await asked.ask(ACQUIRE)
         question = asked.question()
         await turns()
         assert not question.done()
