@@ -108,11 +108,11 @@ def _require_one_past(known: RunState, start: Start) -> None:
 def _followed(
     owner: Owner, known: RunState, request: JoinRequest, start: Start, blob: bytes
 ) -> tuple[GlobalModel, bool]:
-    if request.steps:
+    model, finished = owner.store.model(known.run), known.round
+    if request.steps and (model.sha256(), finished) != (start.model_hash, start.round):
         known.keyed_session()
         model, finished = follow(owner, known, request.steps, blob)
-    else:
-        model, finished = owner.store.model(known.run), known.round
+    # steps that led here before cannot be checked again: they are of a session that ended with its roster
     if (model.sha256(), finished) != (start.model_hash, start.round):
         raise ModelMismatch("the openings lead to another model or another round")
     return model, known.computed and _knows_all(known, start)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scene import ROUNDS, Scene
 
+import server.regrouping
 from audit.collecting.collect import presence
 from client import joining
 from client.state import RunState
@@ -233,6 +234,42 @@ def test_a_run_goes_on_after_its_coordinator_died_while_it_made_a_roster(
         made.check_models(0, 1, 2, 3)
         run = made.store.get("run")
         assert [made.owner(index).ledger.spent(run).sealed for index in range(4)] == [4, 4, 4, 2]
+
+
+def test_owners_that_were_in_a_roster_which_nobody_recorded_come_into_the_next_one(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have followed to its model, and the coordinator does not know it: it sends what led there again.
+
+    By then they can check it no more. Who signed it may have left, and its session is not theirs any more.
+    """
+    made = scene(4)
+    made.go(3)
+    record, gone = server.regrouping.record_session, list[int]()
+
+    def dying(*_arguments: Any) -> None:
+        raise QuorumNotMet("the coordinator ends here")
+
+    def change(_round: int) -> None:
+        signers = {one["signer"] for one in made.store.rounds()[-1]["openings"]}
+        gone.append(next(index for index in range(3) if made.owner(index).fingerprint in signers))
+        made.go(gone[0])
+        made.come(3)
+        monkeypatch.setattr("server.regrouping.record_session", dying)
+
+    with pytest.raises(QuorumNotMet, match="ends here"):
+        made.run(monkeypatch, {2: change})
+    assert made.store.get("session") is None
+    present = [index for index in range(4) if index not in gone]
+    assert {made.state(index).stage for index in present} == {"keyed"}
+    monkeypatch.setattr("server.regrouping.record_session", record)
+    run_plan(made.simulation.grid, made.store, made.simulation.trust)
+    assert made.contributors() == [[0, 1, 2]] * 2 + [present] * 2
+    made.check_models(*present)
+    # who computed the model vouches for it again, and the newcomer still does not
+    joins = [Join.from_fields(reply.join.body) for reply in made.state(present[0]).members]
+    assert sorted(join.vouches for join in joins) == [False, True, True]
+    assert {join.start.roster for join in joins if join.start is not None} == {3}
 
 
 def test_a_member_whose_home_was_put_back_comes_in_through_a_new_roster(
