@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,18 @@ _LOG = logging.getLogger("fedseal.client")
 _STOP_CHECK_S = 0.2
 T = TypeVar("T")
 _FIRST_RECONNECT_S, _LAST_RECONNECT_S = 0.5, 15.0
+_LASTING_S = 0.2
+
+
+@dataclass
+class Link:
+    """One connection to a coordinator.
+
+    Attributes:
+        since: When it stood, by the monotonic clock; None if it never did.
+    """
+
+    since: float | None = None
 
 
 def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool = True) -> None:
@@ -51,31 +65,30 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
     stop = threading.Event()
     _stop_on_signals(stop)
     with alone_in(home), closing(open_owner(home, passphrase)) as owner:
-        pause, connected = _FIRST_RECONNECT_S, threading.Event()
+        pause = _FIRST_RECONNECT_S
         while not stop.is_set():
-            connected.clear()
+            link = Link()
             try:
-                _serve(owner, home, address, stop, connected)
+                _serve(owner, home, address, stop, link)
             except (ServerUnavailable, CertificateRefused) as error:
-                if connected.is_set():
-                    pause = _FIRST_RECONNECT_S
+                if link.since is not None:
+                    lasted = time.monotonic() - link.since
+                    pause = 0.0 if lasted >= _LASTING_S else _FIRST_RECONNECT_S
                 elif not keep_trying:
                     raise
                 _LOG.warning("%s; trying again in %.1f s", error, pause)
                 stop.wait(pause)
-                pause = min(pause * 2, _LAST_RECONNECT_S)
+                pause = min(max(pause * 2, _FIRST_RECONNECT_S), _LAST_RECONNECT_S)
 
 
-def _serve(
-    owner: Owner, home: Path, address: str, stop: threading.Event, connected: threading.Event
-) -> None:
+def _serve(owner: Owner, home: Path, address: str, stop: threading.Event, link: Link) -> None:
     """Answer a coordinator until told to stop, or until the connection breaks, which raises."""
     identity = home / IDENTITY
     context = partial(tls_context, identity / "ca.crt", identity / "transport.crt", owner.credentials)
     watch = CoordinatorWatch(owner.trust, address, context)
     with fleet_connection(address, context(), owner.credentials) as connection:
         app = _app_of(owner)
-        connected.set()
+        link.since = time.monotonic()
         _LOG.info("node of %s is connected", owner.name)
         relay(connection, app, stop, watch.check)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,9 @@ FIRST, LAST = 0.5, 15.0
 class Served:
     """What becomes of one connection after the other, in place of a coordinator; notes the pauses."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, outcomes: list[tuple[bool, FedsealError | None]]):
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, outcomes: list[tuple[float | None, FedsealError | None]]
+    ) -> None:
         self.pauses: list[float] = []
         self._outcomes = iter(outcomes)
         monkeypatch.setattr(node, "_stop_on_signals", self._watch)
@@ -37,9 +40,9 @@ class Served:
         yield
 
     def _serve(self, *arguments: Any) -> None:
-        connected, failure = next(self._outcomes)
-        if connected:
-            arguments[-1].set()
+        lasted, failure = next(self._outcomes)
+        if lasted is not None:
+            arguments[-1].since = time.monotonic() - lasted
         if failure is None:
             self._stop.set()
         else:
@@ -49,23 +52,31 @@ class Served:
 def test_pauses_grow_while_nobody_is_there_and_begin_anew_after_a_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gone = (False, ServerUnavailable("not there"))
-    served = Served(monkeypatch, [gone] * 7 + [(True, ServerUnavailable("broke")), gone, (True, None)])
+    gone, broke = (None, ServerUnavailable("not there")), (5.0, ServerUnavailable("broke"))
+    served = Served(monkeypatch, [*[gone] * 7, broke, gone, gone, (5.0, None)])
     node.run_node(Path("home"), b"", "127.0.0.1:1")
-    assert served.pauses == [FIRST, 1.0, 2.0, 4.0, 8.0, LAST, LAST, FIRST, 1.0]
+    assert served.pauses == [FIRST, 1.0, 2.0, 4.0, 8.0, LAST, LAST, 0.0, FIRST, 1.0]
+
+
+def test_connections_that_break_at_once_are_not_tried_without_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = Served(monkeypatch, [*[(0.0, ServerUnavailable("broke"))] * 3, (0.0, None)])
+    node.run_node(Path("home"), b"", "127.0.0.1:1")
+    assert served.pauses == [FIRST] * 3
 
 
 @pytest.mark.parametrize("error", [ServerUnavailable("not there"), CertificateRefused("stale")])
 def test_once_means_until_nobody_is_there(monkeypatch: pytest.MonkeyPatch, error: FedsealError) -> None:
     """A connection that breaks is tried again; one that cannot be had is the end."""
-    served = Served(monkeypatch, [(True, ServerUnavailable("broke")), (False, error)])
+    served = Served(monkeypatch, [(5.0, ServerUnavailable("broke")), (None, error)])
     with pytest.raises(type(error)):
         node.run_node(Path("home"), b"", "127.0.0.1:1", keep_trying=False)
-    assert served.pauses == [FIRST]
+    assert served.pauses == [0.0]
 
 
 def test_a_machine_that_cannot_train_is_no_reason_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = Served(monkeypatch, [(False, EnvironmentUnfit("no torch")), (True, None)])
+    served = Served(monkeypatch, [(None, EnvironmentUnfit("no torch")), (5.0, None)])
     with pytest.raises(EnvironmentUnfit):
         node.run_node(Path("home"), b"", "127.0.0.1:1")
     assert served.pauses == []
