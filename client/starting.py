@@ -109,10 +109,10 @@ def _followed(
     owner: Owner, known: RunState, request: JoinRequest, start: Start, blob: bytes
 ) -> tuple[GlobalModel, bool]:
     model, finished = owner.store.model(known.run), known.round
+    # steps that led here before cannot be checked again: they are of a session that ended with its roster
     if request.steps and (model.sha256(), finished) != (start.model_hash, start.round):
         known.keyed_session()
         model, finished = follow(owner, known, request.steps, blob)
-    # steps that led here before cannot be checked again: they are of a session that ended with its roster
     if (model.sha256(), finished) != (start.model_hash, start.round):
         raise ModelMismatch("the openings lead to another model or another round")
     return model, known.computed and _knows_all(known, start)

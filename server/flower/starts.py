@@ -14,7 +14,7 @@ from typing import Any, Final
 _START_PATH: Final = "/v1/control/start-run"
 _ACQUIRE_PATH: Final = "/v1/runtime/acquire-task"
 _LONGEST_WAIT_S: Final = 1.0
-"""SuperExec looks after the processes that it started between two questions: it must not wait for long."""
+"""A task that comes in another way than by a start, such as one that is given back, is found after this."""
 
 App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 

@@ -19,10 +19,16 @@ OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
 def test_a_free_port_is_none_that_an_outgoing_connection_may_take_first() -> None:
     first = int(OUTGOING.read_text().split()[0])
     for _ in range(50):
-        port = free_port()
-        assert 1_024 <= port < first
-        with socket.create_server(("127.0.0.1", port)):
-            assert free_port() != port
+        assert 1_024 <= free_port() < first
+
+
+def test_a_port_that_is_taken_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = free_port()
+    monkeypatch.setattr("server.listeners.sockets._PORTS", [taken])
+    monkeypatch.setattr("server.listeners.sockets._PORT_TRIES", 1)
+    assert free_port() == taken
+    with socket.create_server(("127.0.0.1", taken)), pytest.raises(OSError, match="in use"):
+        free_port()
 
 
 def test_connections_wait_from_the_first_moment() -> None:

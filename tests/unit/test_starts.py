@@ -118,7 +118,7 @@ def test_nothing_else_waits() -> None:
 
 
 def test_a_wait_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SuperExec must see what became of its processes, and tasks that nobody started here."""
+    """There may be a task that nobody started here."""
     monkeypatch.setattr(starts, "_LONGEST_WAIT_S", 0.01)
 
     async def scenario(asked: Asked) -> None:
