@@ -33,7 +33,7 @@ _STOP_CHECK_S = 0.2
 T = TypeVar("T")
 _FIRST_RECONNECT_S, _LAST_RECONNECT_S = 0.5, 15.0
 _LASTING_S = 0.2
-"""A connection that stood for so long is made anew at once; one that breaks sooner is no reason to hurry."""
+"""A connection that stood for so long is made anew at once; if one breaks sooner, there is a pause."""
 
 
 @dataclass
