@@ -128,6 +128,7 @@ class Regrouping:
                 if session is not None:
                     return self._entered(past, start, session, members)
             self._note_objections(past, members)
+            self._joining.wait_for_silent()
             newcomers = [member for name, member in members.items() if name not in before]
             self._patience.suspect(newcomers, self._joining)
             self._patience.note(self._exchanger, self._joining)

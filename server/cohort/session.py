@@ -36,8 +36,12 @@ from server.exchange import Exchanger, Reply, Request
 from server.store import RunStore
 
 _LOG = logging.getLogger("fedseal.server")
+_POLL_S = 0.1
 SETTLE_S = 3.0
 """Seconds without anybody new after which enough owners need not be all owners."""
+
+RETURN_S = 15.0
+"""Longest wait between two tries for nodes that were silent; a node's own longest pause is as long."""
 
 TRIES = 3
 """Rosters that are tried one after the other, each without the owners that made the one before fail."""
@@ -63,7 +67,7 @@ def wait_for_owners(exchanger: Exchanger, plan: Plan) -> dict[int, str]:
         settled = time.monotonic() - changed > SETTLE_S
         if len(nodes) >= plan.cohort.maximum or (len(nodes) >= plan.cohort.minimum and settled):
             break
-        time.sleep(0.1)
+        time.sleep(_POLL_S)
     if len(nodes) < plan.cohort.minimum:
         raise QuorumNotMet(f"{len(nodes)} owners are online, {plan.cohort.minimum} are needed")
     return dict(sorted(nodes.items())[: plan.cohort.maximum])
@@ -125,7 +129,15 @@ class Joining:
                 for node, since in nodes.items()
                 if node not in self.failed and self.silences[node] < 2
             }
+            self.wait_for_silent()
         raise QuorumNotMet(f"joining failed {TRIES} times")
+
+    def wait_for_silent(self) -> None:
+        """Give nodes that were silent once, as with a broken connection, time to come back."""
+        silent = {node for node, times in self.silences.items() if times == 1 and node not in self.failed}
+        deadline = time.monotonic() + min(RETURN_S, self._plan.deadlines.join_s)
+        while silent - self._exchanger.online().keys() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def are_enough(self, members: Collection[str]) -> bool:
         """Tell whether enough owners joined for a roster.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from crashing import Crash, CrashingGrid, CrashingRun, Fault, Node, allow_exact_plan, exact_fields
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 from steps import OWNERS, SERVER_STEPS, at, owner_steps
 
 import client.rounds
@@ -290,6 +293,33 @@ def test_a_member_leaves_and_comes_back(
     run.check()
     with run.store() as store:
         assert [len(facts["contributors"]) for facts in store.rounds()] == [4, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["query.join", "query.keys"])
+def test_an_owner_that_is_away_for_a_moment_while_owners_join_is_waited_for(
+    begin: MakeRun, nodes: list[Node], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """All owners are needed; one is away for longer than any exchange waits for it."""
+    absentees, who = Absentees(monkeypatch), nodes[1].home.name
+    monkeypatch.setattr("server.exchange._ALIVE_CHECK_S", 0.1)
+    original, left = CrashingGrid._deliver, False
+
+    def lost_while_away(grid: CrashingGrid, message: Any) -> Any:
+        nonlocal left
+        if grid.nodes[message.metadata.dst_node_id].home.name != who:
+            return original(grid, message)
+        if message.metadata.message_type == kind and not left:
+            left = True
+            absentees.gone.add(who)
+            threading.Timer(1.5, absentees.gone.clear).start()
+        away = Message(Error(ErrorCode.NODE_UNAVAILABLE, ""), reply_to=message)
+        return away if who in absentees.gone else original(grid, message)
+
+    monkeypatch.setattr(CrashingGrid, "_deliver", lost_while_away)
+    run = begin(run={"rounds": 1}, cohort={"minimum": 4, "maximum": 4})
+    run.carry_out()
+    run.check()
+    assert left
 
 
 def test_an_owner_that_is_interrupted_and_asked_again_for_the_same_attempt_does_not_end_the_run(
