@@ -39,10 +39,10 @@ demo: $(STAMP) ## Run a whole federation on this machine into OUT (demo-out)
 test: $(STAMP) ## Run the tests, except the long ones
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
 	  echo "fedseal: hint: with the package chromium the report is also tested in a browser"
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not long'
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder -m 'not long'
 
 test-long: $(STAMP) ## Run all tests, the long ones too
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 load: $(STAMP) ## Run OWNERS owners (1000) for ROUNDS rounds (100) on this machine; takes hours
 	FEDSEAL_LOAD_OWNERS=$(OWNERS) FEDSEAL_LOAD_ROUNDS=$(ROUNDS) \

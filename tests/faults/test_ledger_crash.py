@@ -2,6 +2,7 @@
 
 import os
 import random
+import select
 import shutil
 import signal
 import sqlite3
@@ -180,7 +181,7 @@ def test_kills_at_random_times_lose_nothing_that_was_acknowledged(place: tuple[P
     begin(place, 0)
     moments = random.Random(7)
     attempt = acknowledged = 0
-    for _ in range(12):
+    for number in range(12):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -190,6 +191,8 @@ def test_kills_at_random_times_lose_nothing_that_was_acknowledged(place: tuple[P
             finally:
                 os._exit(99)
         os.close(writer)
+        if number % 2:
+            assert select.select([reader], [], [], 60.0)[0], "nothing was ever reserved"
         time.sleep(moments.uniform(0.005, 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
