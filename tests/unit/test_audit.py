@@ -176,25 +176,33 @@ def test_the_bill_of_materials_lists_what_is_installed() -> None:
 
 # --- every leaf --------------------------------------------------------------------------------------
 
+SHARES = 4
+share_of_places = pytest.mark.parametrize(
+    "share", [0, *(pytest.param(number, marks=pytest.mark.long) for number in range(1, SHARES))]
+)
+"""One place in four is changed in `make test`, all of them in `make test-long`."""
 
-def test_every_changed_leaf_is_found(tmp_path: Path) -> None:
+
+@share_of_places
+def test_every_changed_leaf_is_found(tmp_path: Path, share: int) -> None:
     report = _short()
     places = list(leaves(report))
     assert len(places) > 500
-    for place in places:
+    for place in places[share::SHARES]:
         path = stored(put(report, place, changed(get(report, place))), tmp_path)
         with pytest.raises(ReportInvalid):
             verify_report(path, KEY.public_key())
 
 
-def test_every_changed_conclusion_is_found_even_when_signed_again(tmp_path: Path) -> None:
+@share_of_places
+def test_every_changed_conclusion_is_found_even_when_signed_again(tmp_path: Path, share: int) -> None:
     report = _short()
     derived = ("promise", "claims", "spending", "checks", "verdict", "reproduce")
     places = [place for place in leaves(report) if place[0] in derived]
     places += [("rounds", i, "agreeing_openings") for i in range(len(report["rounds"]))]
     places += [("findings", 0, "valid")]
     places += [("subject", "plan_hash_recomputed"), ("subject", "initial_model_hash_planned")]
-    for place in places:
+    for place in places[share::SHARES]:
         forged = sign_report(put(report, place, changed(get(report, place))), KEY)
         with pytest.raises(ReportInvalid):
             verify_report(stored(forged, tmp_path), KEY.public_key())
