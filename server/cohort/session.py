@@ -117,7 +117,9 @@ class Joining:
         """
         nodes = wait_for_owners(self._exchanger, self._plan)
         self.forget()
-        for _ in range(TRIES):
+        for number in range(TRIES):
+            if number:
+                self.wait_for_silent()
             run = secrets.token_hex(32)
             request = Request(JoinRequest(run=run, plan=self._plan.fields()).to_bytes())
             members = self.joined(run, dict.fromkeys(nodes, request))
@@ -129,7 +131,6 @@ class Joining:
                 for node, since in nodes.items()
                 if node not in self.failed and self.silences[node] < 2
             }
-            self.wait_for_silent()
         raise QuorumNotMet(f"joining failed {TRIES} times")
 
     def wait_for_silent(self) -> None:
