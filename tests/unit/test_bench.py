@@ -117,18 +117,24 @@ SCHEMA = {
 }
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param([CLIENTS], id="two clients"),
+        pytest.param([CLIENTS, MANY], id="more than are timed", marks=pytest.mark.long),
+    ],
+)
+def report(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("bench") / "bench-seal.json"
-    settings = Settings([PARAMETERS], [CLIENTS, MANY])
+    settings = Settings([PARAMETERS], request.param)
     run_benchmark(Console(file=io.StringIO()), BenchmarkName.SEAL, settings, file)
     value: dict[str, Any] = json.loads(file.read_text())
     return value
 
 
-@pytest.fixture(params=[0, 1], ids=["two clients", "more than are timed"])
-def run(report: dict[str, Any], request: pytest.FixtureRequest) -> Any:
-    return report["runs"][request.param]
+@pytest.fixture
+def run(report: dict[str, Any]) -> Any:
+    return report["runs"][-1]
 
 
 def arm_of(report: Mapping[str, Any], key: str) -> Any:
@@ -144,9 +150,10 @@ def median(report: Mapping[str, Any], key: str, metric: str) -> float:
 
 def test_the_report_fits_its_schema(report: dict[str, Any]) -> None:
     jsonschema.validate(report, SCHEMA)
-    assert report["settings"] == {"parameters": [PARAMETERS], "clients": [CLIENTS, MANY], "repetitions": 5}
-    sizes = [(run["settings"]["parameters"], run["settings"]["clients"]) for run in report["runs"]]
-    assert sizes == [(PARAMETERS, CLIENTS), (PARAMETERS, MANY)]
+    clients = [run["settings"]["clients"] for run in report["runs"]]
+    assert clients in ([CLIENTS], [CLIENTS, MANY])
+    assert report["settings"] == {"parameters": [PARAMETERS], "clients": clients, "repetitions": 5}
+    assert {run["settings"]["parameters"] for run in report["runs"]} == {PARAMETERS}
 
 
 def test_a_run_holds_every_measurement(run: dict[str, Any]) -> None:
