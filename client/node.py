@@ -25,13 +25,14 @@ from client.coordinator import CoordinatorWatch
 from client.flower import FleetConnection, fleet_connection, tls_context
 from client.owner import IDENTITY, Owner, open_owner
 from crypto.locks import alone_in
+from protocol.batches import LONGEST_RECONNECT_S
 from protocol.environment import importing
 from protocol.errors import CertificateRefused, EnvironmentUnfit, ServerUnavailable
 
 _LOG = logging.getLogger("fedseal.client")
 _STOP_CHECK_S = 0.2
 T = TypeVar("T")
-_FIRST_RECONNECT_S, _LAST_RECONNECT_S = 0.5, 15.0
+_FIRST_RECONNECT_S = 0.5
 _LASTING_S = 0.2
 """A connection that stood for so long is made anew at once; if one breaks sooner, there is a pause."""
 
@@ -79,7 +80,7 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
                     raise
                 _LOG.warning("%s; trying again in %.1f s", error, pause)
                 stop.wait(pause)
-                pause = min(max(pause * 2, _FIRST_RECONNECT_S), _LAST_RECONNECT_S)
+                pause = min(max(pause * 2, _FIRST_RECONNECT_S), LONGEST_RECONNECT_S)
 
 
 def _serve(owner: Owner, home: Path, address: str, stop: threading.Event, link: Link) -> None:

@@ -21,6 +21,9 @@ MAX_ITEMS: Final = 65_536
 LONGEST_WAIT_S: Final = 10.0
 """Longest time that a request waits for something to come; below every limit of HTTP clients."""
 
+LONGEST_RECONNECT_S: Final = 15.0
+"""Longest pause of a node between two attempts to connect."""
+
 RECEIVE_PATH: Final = "/v1/fleet/fedseal/receive"
 ANSWER_PATH: Final = "/v1/fleet/fedseal/answer"
 PUSH_PATH: Final = "/v1/runtime/fedseal/push"

@@ -119,7 +119,7 @@ class Regrouping:
         """
         self._store.set("session", None)
         joined, before = dict(consenting), set(past.following)
-        for _ in range(TRIES):
+        for left in reversed(range(TRIES)):
             joined |= self._join(past, model, start, {member.node for member in joined.values()})
             members = {name: self._carried(past, member) for name, member in sorted(joined.items())}
             if self._joining.are_enough(members):
@@ -127,14 +127,16 @@ class Regrouping:
                 session = self._joining.agreed(past.run, members)
                 if session is not None:
                     return self._entered(past, start, session, members)
+            silent = self._joining.silent()
             self._note_objections(past, members)
-            self._joining.wait_for_silent()
             newcomers = [member for name, member in members.items() if name not in before]
             self._patience.suspect(newcomers, self._joining)
             self._patience.note(self._exchanger, self._joining)
             self._standing.wait_for_news(past.owners.values(), self._plan.deadlines.pause_s)
             with suppress(CertificateRefused):
                 self._standing.judge(past.owners.values())
+            if left:
+                self._joining.wait_for(silent)
             start, joined = self.next_start(past, model), {}
         raise QuorumNotMet(f"joining failed {TRIES} times")
 

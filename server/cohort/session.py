@@ -15,6 +15,7 @@ from crypto.certificates import verify_signing_certificate
 from crypto.signing import signed_head, verify
 from crypto.trust import Trust
 from crypto.wraps import WrapTree, wrap_digests
+from protocol.batches import LONGEST_RECONNECT_S
 from protocol.encoding import digest, digest_bytes
 from protocol.errors import FedsealError, ProtocolViolation, QuorumNotMet
 from protocol.messages import (
@@ -40,8 +41,8 @@ _POLL_S = 0.1
 SETTLE_S = 3.0
 """Seconds without anybody new after which enough owners need not be all owners."""
 
-RETURN_S = 15.0
-"""Longest wait between two tries for nodes that were silent; a node's own longest pause is as long."""
+RETURN_S = LONGEST_RECONNECT_S + 3.0
+"""Longest wait between two tries for nodes that were silent: their longest pause, and time to connect."""
 
 TRIES = 3
 """Rosters that are tried one after the other, each without the owners that made the one before fail."""
@@ -117,9 +118,7 @@ class Joining:
         """
         nodes = wait_for_owners(self._exchanger, self._plan)
         self.forget()
-        for number in range(TRIES):
-            if number:
-                self.wait_for_silent()
+        for left in reversed(range(TRIES)):
             run = secrets.token_hex(32)
             request = Request(JoinRequest(run=run, plan=self._plan.fields()).to_bytes())
             members = self.joined(run, dict.fromkeys(nodes, request))
@@ -131,13 +130,19 @@ class Joining:
                 for node, since in nodes.items()
                 if node not in self.failed and self.silences[node] < 2
             }
+            if left:
+                self.wait_for(self.silent())
         raise QuorumNotMet(f"joining failed {TRIES} times")
 
-    def wait_for_silent(self) -> None:
-        """Give nodes that were silent once, as with a broken connection, time to come back."""
-        silent = {node for node, times in self.silences.items() if times == 1 and node not in self.failed}
+    def silent(self) -> set[int]:
+        """Return the nodes that were silent once, as with a broken connection, and did not refuse."""
+        return {node for node, times in self.silences.items() if times == 1} - self.failed.keys()
+
+    def wait_for(self, nodes: Collection[int]) -> None:
+        """Give nodes time to come back, but for those that count as gone whatever they do."""
+        awaited = set(nodes) - set(self._exchanger.expelled())
         deadline = time.monotonic() + min(RETURN_S, self._plan.deadlines.join_s)
-        while silent - self._exchanger.online().keys() and time.monotonic() < deadline:
+        while awaited - self._exchanger.online().keys() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
     def are_enough(self, members: Collection[str]) -> bool:

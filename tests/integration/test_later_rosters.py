@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -204,6 +205,35 @@ def test_a_member_that_is_silent_while_a_roster_is_made_is_left_out_of_it(
     made.check_models(0, 1, 2, 3)
     assert made.state(0).start is not None
     assert made.state(0).start.roster == 3
+
+
+@pytest.mark.parametrize("kind", ["query.roster", "query.keys"])
+def test_members_that_are_away_for_a_moment_while_a_roster_is_made_are_waited_for(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Without the two, the next try would have too few owners."""
+    made = scene(5, cohort={"minimum": 4, "maximum": 5})
+    monkeypatch.setattr("server.exchange._ALIVE_CHECK_S", 0.1)
+    made.go(4)
+    push, back = made.simulation.grid.push_messages, list[threading.Timer]()
+
+    def push_messages(messages: Any) -> list[str]:
+        asked = list(messages)
+        if not back and len(asked) == 5 and asked[0].metadata.message_type == kind:
+            for index in (0, 1):
+                made.go(index)
+                back.append(threading.Timer(1.5, made.come, [index]))
+                back[-1].start()
+        return push(asked)
+
+    def come(_round: int) -> None:
+        made.come(4)
+        monkeypatch.setattr(made.simulation.grid, "push_messages", push_messages)
+
+    made.run(monkeypatch, {2: come})
+    assert made.contributors() == [[0, 1, 2, 3]] * 2 + [[0, 1, 2, 3, 4]] * 2
+    made.check_models(0, 1, 2, 3, 4)
+    assert len(back) == 2
 
 
 def test_a_run_goes_on_after_its_coordinator_died_while_it_made_a_roster(
