@@ -11,7 +11,7 @@ from the models and lists before it alone, and is recomputed as an undisturbed t
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ import tomli_w
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
+from steps import owner_steps
 
 from client.app import make_app
 from client.contribution import contribute
@@ -152,6 +153,12 @@ class Fault:
             raise Crash
 
 
+def strike_owner(step: str, victim: Node, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    """Let one node die at a step of an owner."""
+    owned = owner_steps(lambda one: one in (victim.owner.store, victim.owner.ledger))
+    owned[step]()(monkeypatch, fault)
+
+
 @dataclass
 class CrashingRun:
     """One run of such a federation."""
@@ -234,6 +241,10 @@ class CrashingRun:
             assert facts["sealed"] + facts["sealed_evaluations"] >= len(left)
             if facts["statement"] is not None:
                 assert facts["sealed"] + facts["sealed_evaluations"] == len(settled)
+
+
+MakeRun = Callable[..., CrashingRun]
+"""Makes a run; sections of its plan may be given."""
 
 
 def twin_models(plan: Plan, store: RunStore, examples: dict[str, Examples]) -> list[GlobalModel]:

@@ -197,13 +197,14 @@ def test_kills_at_random_times_lose_nothing_that_was_acknowledged(place: tuple[P
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(reader, "rb") as pipe:
-            acknowledged += len(pipe.read())
+            received = len(pipe.read())
+        assert received or number % 2 == 0
+        acknowledged += received
         ledger = open_ledger(place)
         spent = ledger.spent(RUN)
         assert spent.sealed + spent.reserved >= acknowledged
         attempt = spent.sealed + spent.reserved + spent.void
         ledger.close()
-    assert acknowledged > 0
 
 
 def _reserve_until_killed(place: tuple[Path, Path], attempt: int, writer: int) -> None:
