@@ -1,8 +1,10 @@
-"""Later rosters of a run: from which model an owner goes on, and whom it believes that it is the run's.
+"""Later rosters of a run: which model an owner goes on from, and on which evidence.
 
-Guarantee: whoever was in the run computes that model itself, as in every round. Whoever was not takes it
-only with the word of a quorum of the roster's members that they computed it, which is the trust that a
-round's opening has. An owner never goes back to an earlier round or roster of a run.
+Guarantee: an owner never goes back to an earlier round or roster of a run. An owner that is sent the
+openings since its last round computes the model itself, as in every round. An owner without them, be it new
+or one that missed rounds, accepts a model that a quorum of the roster's members vouches for, which is the
+trust that a round's opening has. Not covered: quorum and vouchers count any certified member and not
+pinned peers alone, so that members invented by the authority can vouch for a model of their choice.
 """
 
 from __future__ import annotations

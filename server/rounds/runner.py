@@ -257,7 +257,9 @@ class RoundRunner:
         return signed
 
     def _note_seeds(self, member: Member, frames: Sequence[bytes]) -> None:
-        """Refuse a ciphertext seed that occurred before: two ciphertexts with one seed give the key away.
+        """Refuse a ciphertext seed that occurred before.
+
+        Two ciphertexts with one seed and one key give the difference of their plaintexts.
 
         Raises:
             FrameInvalid: An owner's generator repeats itself, or frames were copied.
