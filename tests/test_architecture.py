@@ -108,6 +108,13 @@ def package_of(module: str) -> str:
     return module.partition(".")[0]
 
 
+def in_package(package: str) -> list[str]:
+    """The modules of a package, of which there is at least one."""
+    modules = [name for name in FILES if package_of(name) == package]
+    assert modules
+    return modules
+
+
 def called(node: ast.Call) -> str:
     """The dotted name of what is called; a question mark stands for a part that is computed."""
     parts, function = [], node.func
@@ -131,9 +138,6 @@ def has_true_keyword(node: ast.Call, name: str) -> bool:
     )
 
 
-EVERY_MODULE = pytest.mark.parametrize("module", sorted(FILES))
-
-
 def test_the_house_is_complete() -> None:
     assert {package_of(module) for module in FILES} == set(ORDER)
     assert {"protocol.plan", "crypto.secret", "client.rounds", "server.rounds.runner"} <= FILES.keys()
@@ -148,11 +152,14 @@ def test_no_code_lies_outside_the_house() -> None:
     assert {path.name for path in ROOT.glob("*.py")} == {"fedseal.py"}
 
 
-@EVERY_MODULE
-def test_a_package_imports_only_what_is_below_it(module: str) -> None:
-    rank = ORDER.index(package_of(module))
-    for name in own_imports(module):
-        assert ORDER.index(package_of(name)) <= rank, f"{module} imports {name}"
+def test_a_package_imports_only_what_is_below_it() -> None:
+    upward = [
+        f"{module} imports {name}"
+        for module in FILES
+        for name in own_imports(module)
+        if ORDER.index(package_of(name)) > ORDER.index(package_of(module))
+    ]
+    assert not upward
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))
@@ -177,17 +184,15 @@ def test_every_package_is_installed() -> None:
     assert set(listed["tool"]["setuptools"]["packages"]) == folders
 
 
-@EVERY_MODULE
-def test_server_and_client_never_import_each_other(module: str) -> None:
-    if package_of(module) == "server":
-        assert not {name for name in loaded(module) if package_of(name) == "client"}
-    if package_of(module) == "client":
-        assert not {name for name in loaded(module) if package_of(name) == "server"}
+def test_server_and_client_never_import_each_other() -> None:
+    for own, other in (("server", "client"), ("client", "server")):
+        for module in in_package(own):
+            assert not {name for name in loaded(module) if package_of(name) == other}, module
 
 
-@pytest.mark.parametrize("module", sorted(name for name in FILES if package_of(name) == "server"))
-def test_the_coordinator_never_loads_what_uses_secret_keys(module: str) -> None:
-    assert not loaded(module) & SECRET_MODULES
+def test_the_coordinator_never_loads_what_uses_secret_keys() -> None:
+    for module in in_package("server"):
+        assert not loaded(module) & SECRET_MODULES, module
 
 
 def test_the_names_of_the_secret_modules_are_up_to_date() -> None:
@@ -197,11 +202,11 @@ def test_the_names_of_the_secret_modules_are_up_to_date() -> None:
     assert reaching == SECRET_MODULES
 
 
-@pytest.mark.parametrize("module", sorted(name for name in FILES if package_of(name) == "protocol"))
-def test_the_protocol_needs_no_torch(module: str) -> None:
+def test_the_protocol_needs_no_torch() -> None:
     heavy = {"torch", "opacus", "tenseal"}
-    for name in loaded(module):
-        assert not {package_of(imported) for imported in all_imports(name)} & heavy
+    for module in in_package("protocol"):
+        for name in loaded(module):
+            assert not {package_of(imported) for imported in all_imports(name)} & heavy, module
 
 
 @pytest.mark.parametrize(
@@ -231,44 +236,50 @@ def test_the_modules_of_a_package_have_no_cycle(package: str) -> None:
         left = {name: needs for name, needs in left.items() if name not in free}
 
 
-@EVERY_MODULE
-def test_nothing_unpickles(module: str) -> None:
+def test_nothing_unpickles() -> None:
     banned = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-    assert not {package_of(name) for name in all_imports(module)} & banned
-    for name, node in calls(module):
-        assert not has_true_keyword(node, "allow_pickle"), f"line {node.lineno}"
-        if name == "torch.load" or (name == "load" and "torch.load" in all_imports(module)):
-            assert has_true_keyword(node, "weights_only"), f"line {node.lineno}"
-        assert name != "torch.jit.load", f"line {node.lineno}"
+    for module in FILES:
+        assert not {package_of(name) for name in all_imports(module)} & banned, module
+        for name, node in calls(module):
+            place = f"{module}, line {node.lineno}"
+            assert not has_true_keyword(node, "allow_pickle"), place
+            if name == "torch.load" or (name == "load" and "torch.load" in all_imports(module)):
+                assert has_true_keyword(node, "weights_only"), place
+            assert name != "torch.jit.load", place
 
 
-@EVERY_MODULE
-def test_nothing_is_evaluated(module: str) -> None:
-    for name, node in calls(module):
-        assert name not in ("eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec"), (
-            f"line {node.lineno}"
-        )
+def test_nothing_is_evaluated() -> None:
+    banned = {"eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec"}
+    found = [
+        f"{module}, line {node.lineno}"
+        for module in FILES
+        for name, node in calls(module)
+        if name in banned
+    ]
+    assert not found
 
 
-@EVERY_MODULE
-def test_no_module_of_the_house_is_imported_by_a_computed_name(module: str) -> None:
+def test_no_module_of_the_house_is_imported_by_a_computed_name() -> None:
     """Else an import could pass the tests above by."""
-    for name, node in calls(module):
-        if name.rpartition(".")[2] == "import_module":
-            target = node.args[0]
-            assert isinstance(target, ast.Constant), f"line {node.lineno}"
-            assert package_of(str(target.value)) not in ORDER, f"line {node.lineno}"
+    for module in FILES:
+        for name, node in calls(module):
+            if name.rpartition(".")[2] == "import_module":
+                target, place = node.args[0], f"{module}, line {node.lineno}"
+                assert isinstance(target, ast.Constant), place
+                assert package_of(str(target.value)) not in ORDER, place
 
 
-@EVERY_MODULE
-def test_a_module_is_short(module: str) -> None:
-    lines = len(FILES[module].read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES or module in CATALOGUES, f"{module} has {lines} lines"
+def test_a_module_is_short() -> None:
+    lengths = {
+        module: len(path.read_text(encoding="utf-8").splitlines())
+        for module, path in FILES.items()
+        if module not in CATALOGUES
+    }
+    assert {module: lines for module, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
-@EVERY_MODULE
-def test_a_module_says_what_it_is(module: str) -> None:
-    assert ast.get_docstring(tree(module))
+def test_a_module_says_what_it_is() -> None:
+    assert [module for module in FILES if not ast.get_docstring(tree(module))] == []
 
 
 @pytest.mark.parametrize(
