@@ -58,6 +58,9 @@ def listening(where: ListenerOptions) -> Iterator[list[socket.socket]]:
         for family, address in _addresses(where):
             try:
                 listener = socket.create_server(address, family=family, backlog=_BACKLOG)
+                # Accepted sockets take this over. asyncio itself sets it where a socket names its protocol,
+                # which these do not; without it every answer waits for an acknowledgement that is delayed.
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except OSError as error:
                 if not _of_an_unused_family(address, error.errno):
                     raise _unavailable(where, error.errno) from None
