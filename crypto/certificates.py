@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from crypto.issued import issued_list, parsed_certificate, verify_issued
-from protocol.errors import CertificateRefused
+from protocol.errors import CertificateRefused, OwnCertificateExpired, OwnCertificateRevoked
 
 LeafKey = ec.EllipticCurvePublicKey | Ed25519PublicKey
 LeafRole = Literal["server", "owner-transport", "owner-signing", "operator"]
@@ -136,6 +136,36 @@ def check_certificate(
         CertificateRefused: Names the first condition that fails, and nothing of the certificate.
     """
     CertificateVerifier(authority, revocations, now).check(certificate, role)
+
+
+def check_own(
+    certificate: x509.Certificate, revocations: x509.CertificateRevocationList | None, now: datetime
+) -> None:
+    """Return if a party's own certificate will not be refused for its dates or as revoked.
+
+    Whether it is of the right authority and for the right use is not looked at: that was done when it was
+    installed.
+
+    Args:
+        certificate: The party's own.
+        revocations: The newest list that the party has, fresh or stale; None skips it.
+        now: The present by the party's clock, with a time zone.
+
+    Raises:
+        OwnCertificateExpired: The present is not between its dates.
+        OwnCertificateRevoked: The list names it.
+    """
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    clock = f"this machine's clock shows {format_time(now)}"
+    if now < begin:
+        raise OwnCertificateExpired(f"it is valid from {format_time(begin)} on; {clock}")
+    if now > end:
+        raise OwnCertificateExpired(f"it was valid until {format_time(end)}; {clock}")
+    if (
+        revocations is not None
+        and revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None
+    ):
+        raise OwnCertificateRevoked
 
 
 class CertificateVerifier:

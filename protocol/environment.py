@@ -25,6 +25,9 @@ FLOWER_ENVIRONMENT: Final = {
 """Nothing is reported, looked up or installed at run time, the libraries stay quiet, and what is large
 moves in small pieces: the coordinator holds a piece of every message that is on its way."""
 
+_PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy", "grpc_proxy")
+"""Variables by which libraries are told of proxies, in small or large letters."""
+
 _MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(1024 * 1024), "MALLOC_ARENA_MAX": "2"}
 _M_MMAP_THRESHOLD: Final = -3
 
@@ -32,9 +35,13 @@ _M_MMAP_THRESHOLD: Final = -3
 def prepare_environment() -> None:
     """Set the environment for this process and its children; call it before Flower is imported.
 
-    Flower's own programs are found beside the running Python.
+    Flower's own programs are found beside the running Python. Proxies that the environment names are
+    forgotten: what a coordinator does inside its machine must not leave it, and an owner's node uses the
+    proxy that it was told of, or none.
     """
     os.environ.update(FLOWER_ENVIRONMENT)
+    for name in [one for one in os.environ if one.lower() in _PROXIES]:
+        del os.environ[name]
     programs = str(Path(sys.executable).parent)
     if programs not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = programs + os.pathsep + os.environ.get("PATH", "")

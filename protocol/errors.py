@@ -235,6 +235,24 @@ class MemberUncertified(FedsealError):
     exit_code = 5
 
 
+class OwnCertificateExpired(CertificateRefused):
+    """A party's own certificate is not valid at this time."""
+
+    code = "FS-CERT-04"
+    what = "This party's own certificate has expired or is not valid yet."
+    remedy = "Check this machine's clock; then have the request signed again, and install the answer."
+    exit_code = 5
+
+
+class OwnCertificateRevoked(CertificateRefused):
+    """A party's own certificate is on the authority's revocation list."""
+
+    code = "FS-CERT-05"
+    what = "This party's own certificate is revoked."
+    remedy = "Ask the authority why; it takes new keys and a new certificate to come back."
+    exit_code = 5
+
+
 class SecretUnavailable(FedsealError):
     """A secret cannot be decrypted, or its file is readable by others."""
 
@@ -296,6 +314,114 @@ class ServerUnavailable(FedsealError):
     what = "The coordinator cannot be reached."
     remedy = "Start fedseal server, and check address, port and certificates with fedseal doctor."
     exit_code = 7
+
+
+class AddressMalformed(FedsealError):
+    """A coordinator's address is not a host and a port."""
+
+    code = "FS-NET-01"
+    what = "The coordinator's address is not of the form HOST:PORT."
+    remedy = "Give a name or an IP address and a port, such as fl.example.org:8443 or [2001:db8::1]:8443."
+    exit_code = 2
+
+
+class NameUnknown(ServerUnavailable):
+    """No address is known for a coordinator's name."""
+
+    code = "FS-NET-02"
+    what = "No address is known for the coordinator's name."
+    remedy = "Check the name, and this machine's name service (DNS) with getent hosts NAME."
+    exit_code = 7
+
+
+class PortRefused(ServerUnavailable):
+    """A coordinator's machine answers that nothing listens at a port."""
+
+    code = "FS-NET-03"
+    what = "Nothing listens at the coordinator's address."
+    remedy = "Ask its operator whether fedseal server runs, at which port and on which --host."
+    exit_code = 7
+
+
+class NoAnswer(ServerUnavailable):
+    """A coordinator's address is silent, or no way leads there."""
+
+    code = "FS-NET-04"
+    what = "The coordinator's address does not answer."
+    remedy = "Check the address, and whether a firewall on the way drops what goes to that port."
+    exit_code = 7
+
+
+class NotACoordinator(ServerUnavailable):
+    """What answers at a coordinator's address does not speak its protocol."""
+
+    code = "FS-NET-05"
+    what = "What answers at the coordinator's address does not speak TLS 1.3 as a coordinator does."
+    remedy = "Check the port; a proxy or a load balancer before the coordinator must pass TLS on as it is."
+    exit_code = 7
+
+
+class CoordinatorForeign(ServerUnavailable):
+    """A coordinator's certificate is not of the authority that its peer trusts, or not a coordinator's."""
+
+    code = "FS-NET-06"
+    what = "The coordinator's certificate is not one of this federation's authority."
+    remedy = "Check the address; compare ca.crt with the coordinator's. Something on the way may open TLS."
+    exit_code = 7
+
+
+class CoordinatorMisnamed(ServerUnavailable):
+    """A coordinator's certificate does not name the host that was connected to."""
+
+    code = "FS-NET-07"
+    what = "The coordinator's certificate is not for this name."
+    remedy = "Use a name that is in it, or have it made anew with pki request coordinator --host NAME."
+    exit_code = 7
+
+
+class CoordinatorExpired(ServerUnavailable):
+    """A coordinator's certificate is not valid at this time, or is revoked."""
+
+    code = "FS-NET-08"
+    what = "The coordinator's certificate has expired, is not valid yet, or is revoked."
+    remedy = "Check this machine's clock; then tell the operator, who needs a new certificate."
+    exit_code = 7
+
+
+class NotAMember(ServerUnavailable):
+    """An owner with a certificate of the authority is not registered at a coordinator."""
+
+    code = "FS-NET-09"
+    what = "The coordinator does not have this owner among its members."
+    remedy = "Have the operator put this owner's transport certificate into members/ of the coordinator."
+    exit_code = 7
+
+
+class ClocksDiffer(ServerUnavailable):
+    """The clocks of two parties differ by more than signed requests allow."""
+
+    code = "FS-NET-10"
+    what = "The clocks of this machine and its peer differ by more than is tolerated."
+    remedy = "Set both clocks, best by a time service (NTP); five minutes are tolerated."
+    exit_code = 7
+
+
+class ProxyFailed(ServerUnavailable):
+    """A proxy cannot be reached, or does not connect to a coordinator."""
+
+    code = "FS-NET-11"
+    what = "The proxy does not connect this node to the coordinator."
+    remedy = "Check the proxy's address and login, and whether it may connect to the coordinator's port."
+    exit_code = 7
+
+
+class ProxyUnusable(FedsealError):
+    """A proxy is named in a form that is not supported or not safe."""
+
+    code = "FS-NET-12"
+    what = "This proxy cannot be used."
+    remedy = "Give http://HOST:PORT of a proxy that supports CONNECT; a login goes into FEDSEAL_PROXY."
+    exit_code = 2
 
 
 class FlowerChanged(FedsealError):
@@ -379,6 +505,24 @@ class AddressUnavailable(FedsealError):
     exit_code = 10
 
 
+class InsideUnreachable(FedsealError):
+    """A coordinator cannot reach its own listener for runs."""
+
+    code = "FS-SERVER-02"
+    what = "The coordinator cannot connect to its own listener on 127.0.0.1, so that no run would begin."
+    remedy = "Look for a packet filter or a security module that stops connections to 127.0.0.1."
+    exit_code = 10
+
+
+class ListStale(CertificateRefused):
+    """A coordinator's revocation list is not fresh, so that it would let nobody in."""
+
+    code = "FS-SERVER-03"
+    what = "The coordinator's revocation list is not valid now; it would let nobody in."
+    remedy = "Ask the authority for a new crl.pem and take it with fedseal home crl."
+    exit_code = 10
+
+
 class PeerUnusable(FedsealError):
     """Another project's program, with which a benchmark compares, cannot be run."""
 
@@ -395,6 +539,15 @@ class BenchmarkFailed(FedsealError):
     what = "The benchmark could not be run."
     remedy = "Correct what the detail names; an arm that ended may need more memory or fewer parameters."
     exit_code = 10
+
+
+class BenchmarkWorse(FedsealError):
+    """A ratio of a benchmark is worse than in an earlier file, by more than is tolerated."""
+
+    code = "FS-BENCH-03"
+    what = "The benchmark is worse than the earlier one by more than a fifth."
+    remedy = "Find the change that did it, by measuring both versions in turn on one machine."
+    exit_code = 1
 
 
 class DatasetMissing(FedsealError):

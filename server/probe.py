@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,20 +29,51 @@ class ListenerFacts:
     older_versions_refused: bool
 
 
-def probe_listener(host: str, port: int, authority_file: Path, server_name: str) -> ListenerFacts:
-    """Connect as a stranger and report what happens.
+def probe_listener(host: str, port: int, authority_file: Path) -> ListenerFacts:
+    """Connect as a stranger on the coordinator's own machine and report what happens.
+
+    The certificate must be the authority's, for a server. Its names are for those who come from outside;
+    the address that is connected to here need not be among them.
 
     Raises:
         OSError: Nothing listens there, or its certificate is not the authority's.
     """
-    context = ssl.create_default_context(cafile=authority_file)
-    with (
-        socket.create_connection((host, port), timeout=_TIMEOUT_S) as raw,
-        context.wrap_socket(raw, server_hostname=server_name) as connection,
-    ):
+    with _connected(host, port, _context(authority_file)) as connection:
         version, cipher = connection.version() or "", (connection.cipher() or ("",))[0]
         cut_off = _is_cut_off(connection)
-    return ListenerFacts(version, cipher, cut_off, _refuses_old(host, port, authority_file, server_name))
+    return ListenerFacts(version, cipher, cut_off, _refuses_old(host, port, authority_file))
+
+
+def shows_certificate(host: str, port: int, authority_file: Path, certificate_file: Path) -> bool:
+    """Tell whether a coordinator of this machine listens somewhere, and shows a certificate.
+
+    Args:
+        host: Where it would listen.
+        port: The same.
+        authority_file: PEM of the authority that its certificate must be of.
+        certificate_file: PEM of the certificate.
+    """
+    try:
+        expected = ssl.PEM_cert_to_DER_cert(certificate_file.read_text(encoding="ascii"))
+        with _connected(host, port, _context(authority_file)) as connection:
+            return connection.getpeercert(binary_form=True) == expected
+    except (OSError, ValueError):
+        return False
+
+
+def _context(authority_file: Path) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=authority_file)
+    context.check_hostname = False
+    return context
+
+
+@contextmanager
+def _connected(host: str, port: int, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
+    with (
+        socket.create_connection((host, port), timeout=_TIMEOUT_S) as raw,
+        context.wrap_socket(raw) as connection,
+    ):
+        yield connection
 
 
 def _is_cut_off(connection: ssl.SSLSocket) -> bool:
@@ -52,14 +85,11 @@ def _is_cut_off(connection: ssl.SSLSocket) -> bool:
         return True
 
 
-def _refuses_old(host: str, port: int, authority_file: Path, server_name: str) -> bool:
-    context = ssl.create_default_context(cafile=authority_file)
+def _refuses_old(host: str, port: int, authority_file: Path) -> bool:
+    context = _context(authority_file)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     try:
-        with (
-            socket.create_connection((host, port), timeout=_TIMEOUT_S) as raw,
-            context.wrap_socket(raw, server_hostname=server_name),
-        ):
+        with _connected(host, port, context):
             return False
     except OSError:
         return True

@@ -18,9 +18,10 @@ from server.addresses import Addresses, forget_addresses, write_addresses
 from server.flower.superlink import SuperLinkOptions
 from server.home import HOME_VARIABLE, IDENTITY, MEMBERS
 from server.listeners.launcher import Coordinator, Sockets, serve
+from server.listeners.loopback import LOOPBACK, TlsFiles, loopback_certificate
 from server.listeners.sockets import ListenerOptions, listening
 
-_RUNTIME = ListenerOptions("127.0.0.1", 0)
+_RUNTIME = ListenerOptions(LOOPBACK, 0)
 
 
 def run_server(
@@ -42,6 +43,7 @@ def run_server(
         HomeBusy: Another coordinator of this home runs.
         AddressUnavailable: The coordinator cannot listen there.
         LogBroken: The log of acts is not the one that was written.
+        InsideUnreachable: Connections inside this machine do not work.
     """
     return_large_memory()
     identity = home / IDENTITY
@@ -54,27 +56,28 @@ def run_server(
         alone_in(home),
         listening(listener) as owners,
         listening(_RUNTIME) as runtime,
+        loopback_certificate(home / "flower") as inside,
         ssl_key_file(credentials.key) as (key_file, password),
     ):
         port = runtime[0].getsockname()[1]
         coordinator = _coordinator(home, credentials)
         options = SuperLinkOptions(
             runtime_port=port,
-            authority_file=identity / "ca.crt",
-            certificate_file=identity / "server.crt",
-            key_file=key_file,
-            key_password=password,
+            authority_file=inside.certificate,
+            certificate_file=inside.certificate,
+            key_file=inside.key,
+            key_password=inside.password,
             object_folder=home / "flower" / "objects",
         )
+        shown = TlsFiles(identity / "server.crt", key_file, password)
         fleet_port = owners[0].getsockname()[1]
         addresses = Addresses(port, listener.host, fleet_port)
         forget_addresses(home)
         certificate = key_sha256(credentials.certificate.public_key())
         coordinator.log.record("server.start", certificate=certificate, host=listener.host, port=fleet_port)
         try:
-            serve(
-                options, Sockets(owners, runtime), coordinator, partial(_announce, home, addresses, ready)
-            )
+            announce = partial(_announce, home, addresses, ready)
+            serve(options, shown, Sockets(owners, runtime), coordinator, announce)
         finally:
             forget_addresses(home)
             coordinator.log.record("server.stop")

@@ -70,7 +70,7 @@ def _record_listener(home: Path, store: RunStore) -> None:
     addresses = read_addresses(home)
     host = reachable_host(addresses.host)
     try:
-        facts = probe_listener(host, addresses.port, home / IDENTITY / "ca.crt", host)
+        facts = probe_listener(host, addresses.port, home / IDENTITY / "ca.crt")
     except OSError:
         raise ServerUnavailable("the fleet listener does not answer as it should") from None
     store.set("tls", asdict(facts))

@@ -20,9 +20,9 @@ class SuperLinkOptions:
 
     Attributes:
         runtime_port: Loopback port of the runtime API.
-        authority_file: PEM of the authority that signed the server's certificate.
-        certificate_file: PEM of the server's certificate.
-        key_file: Path from which the server's private key can be loaded with `key_password`.
+        authority_file: PEM of the only certificate that Flower's programs trust at the runtime API.
+        certificate_file: PEM of the runtime API's certificate.
+        key_file: Path from which the runtime API's private key can be loaded with `key_password`.
         key_password: One-time password of `key_file`.
         object_folder: Gets large objects in transit; it is emptied.
     """

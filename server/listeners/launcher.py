@@ -28,7 +28,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from crypto.auditlog import KeptLog
 from crypto.certificates import key_sha256
 from crypto.trust import Trust, list_number
-from protocol.errors import FedsealError
+from protocol.errors import FedsealError, InsideUnreachable
 from server.flower.batches import Batches
 from server.flower.control import ControlClient
 from server.flower.starts import Starts
@@ -43,6 +43,7 @@ from server.listeners.admission import (
 )
 from server.listeners.control import ControlEndpoint, control_socket
 from server.listeners.limits import Bounded, PatientLoop, allow_many_files, refuse
+from server.listeners.loopback import TlsFiles, require_reachable
 
 _LOG = logging.getLogger("fedseal.server")
 _DENIED = {"/v1/fleet/register-node", "/v1/fleet/unregister-node"}
@@ -110,6 +111,7 @@ def for_own_processes(path: str) -> bool:
 
 def serve(
     options: SuperLinkOptions,
+    shown: TlsFiles,
     sockets: Sockets,
     coordinator: Coordinator,
     ready: Callable[[], None] | None = None,
@@ -117,21 +119,27 @@ def serve(
     """Serve until SIGINT or SIGTERM.
 
     Args:
-        options: The SuperLink's addresses and files.
+        options: The SuperLink's addresses and files, among them the loopback listener's certificate.
+        shown: The certificate that owners and operators see.
         sockets: Where owners and the run's own process connect; closed at the end.
         coordinator: Home, trust and log.
-        ready: Called once without arguments when all listeners accept connections.
+        ready: Called once without arguments when all listeners accept connections, and the loopback
+            listener was connected to.
+
+    Raises:
+        InsideUnreachable: The loopback listener cannot be connected to; nothing serves any longer.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises a signal again once it has stopped; the process is to end normally then
         signal.signal(number, lambda _number, _frame: None)
     allow_many_files()
     with asyncio.Runner(loop_factory=PatientLoop) as runner:
-        runner.run(_serve(options, sockets, coordinator, ready))
+        runner.run(_serve(options, shown, sockets, coordinator, ready))
 
 
 async def _serve(
     options: SuperLinkOptions,
+    shown: TlsFiles,
     sockets: Sockets,
     coordinator: Coordinator,
     ready: Callable[[], None] | None,
@@ -141,18 +149,16 @@ async def _serve(
     flower = ControlClient(starts.noted(app), asyncio.get_running_loop())
     private = _server(
         Only(starts.awaited(batches.runtime), for_own_processes),
-        options,
+        TlsFiles(options.certificate_file, options.key_file, options.key_password),
         SameUserProtocol,
         lifespan="on",
     )
     endpoint = ControlEndpoint(coordinator.home, flower, coordinator.log)
     let_in = partial(Admission, coordinator.trust, log=coordinator.log)
-    operators = _certified_server(endpoint, options, let_in("operator"))
-    owners = _certified_server(
-        Bounded(Only(batches.fleet, for_owners), PEER),
-        options,
-        let_in("owner-transport"),
-    )
+    authority = coordinator.trust.authority
+    operators = _certified_server(endpoint, shown, let_in("operator"), authority)
+    fleet = Bounded(Only(batches.fleet, for_owners), PEER)
+    owners = _certified_server(fleet, shown, let_in("owner-transport"), authority)
     members = Members(coordinator, flower)
     with control_socket(coordinator.home) as control:
         tasks = [asyncio.create_task(private.serve(sockets=sockets.runtime))]
@@ -164,7 +170,8 @@ async def _serve(
         ]
         await _started(operators, tasks)
         await _started(owners, tasks)
-        if ready is not None and owners.started:
+        failure = await _tried(options) if owners.started else None
+        if ready is not None and owners.started and failure is None:
             ready()
         watch = asyncio.create_task(_watch(coordinator, members, [owners, operators]))
 
@@ -173,6 +180,7 @@ async def _serve(
             starts.close()
 
         ending = asyncio.create_task(_when_told_to_end([private, operators, owners], end_waits))
+        private.should_exit |= failure is not None
         await asyncio.wait([*tasks, watch], return_when=asyncio.FIRST_COMPLETED)
         watch.cancel()
         ending.cancel()
@@ -182,8 +190,19 @@ async def _serve(
         end_waits()
         await asyncio.gather(*tasks, return_exceptions=True)
         flower.close()
+        if failure is not None:
+            raise failure
         if watch.done() and not watch.cancelled():
             watch.result()
+
+
+async def _tried(options: SuperLinkOptions) -> InsideUnreachable | None:
+    """Connect to the loopback listener; returns what is wrong with it."""
+    try:
+        await asyncio.to_thread(require_reachable, options.runtime_port, options.certificate_file)
+    except InsideUnreachable as error:
+        return error
+    return None
 
 
 async def _when_told_to_end(servers: list[uvicorn.Server], end_waits: Callable[[], None]) -> None:
@@ -200,7 +219,7 @@ async def _started(server: uvicorn.Server, tasks: list[asyncio.Task[None]]) -> N
 
 def _server(
     app: Any,
-    options: SuperLinkOptions,
+    shown: TlsFiles,
     protocol: type[HttpToolsProtocol],
     lifespan: Literal["on", "off"],
 ) -> uvicorn.Server:
@@ -211,9 +230,9 @@ def _server(
         access_log=False,
         log_level="warning",
         server_header=False,
-        ssl_keyfile=options.key_file,
-        ssl_keyfile_password=options.key_password,
-        ssl_certfile=options.certificate_file,
+        ssl_keyfile=shown.key,
+        ssl_keyfile_password=shown.password,
+        ssl_certfile=shown.certificate,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=2,
         lifespan=lifespan,
@@ -225,12 +244,14 @@ def _server(
     return uvicorn.Server(config)
 
 
-def _certified_server(app: Any, options: SuperLinkOptions, admission: Admission) -> uvicorn.Server:
-    server = _server(app, options, certified_protocol(admission), lifespan="off")
+def _certified_server(
+    app: Any, shown: TlsFiles, admission: Admission, authority: x509.Certificate
+) -> uvicorn.Server:
+    server = _server(app, shown, certified_protocol(admission), lifespan="off")
     context = server.config.ssl
     if context is None:
         raise RuntimeError("a listener has no TLS context")
-    context.load_verify_locations(options.authority_file)
+    context.load_verify_locations(cadata=authority.public_bytes(Encoding.PEM).decode())
     context.verify_mode = ssl.CERT_REQUIRED
     return server
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,8 +43,17 @@ class Served:
 
 
 @contextmanager
-def served(home: Path, passphrase: bytes, host: str = "127.0.0.1") -> Iterator[Served]:
-    """Serve a home by the code of `fedseal server`, and end it after the block."""
+def served(
+    home: Path, passphrase: bytes, host: str = "127.0.0.1", environment: Mapping[str, str] | None = None
+) -> Iterator[Served]:
+    """Serve a home by the code of `fedseal server`, and end it after the block.
+
+    Args:
+        home: The coordinator's home.
+        passphrase: Opens it.
+        host: Where owners connect, at a port that the system chooses.
+        environment: What something else has put into the environment meanwhile.
+    """
     result, ready = Served(home), threading.Event()
 
     class Noted(uvicorn.Server):
@@ -60,6 +69,7 @@ def served(home: Path, passphrase: bytes, host: str = "127.0.0.1") -> Iterator[S
 
     before = dict(os.environ)
     prepare_environment()
+    os.environ.update(environment or {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher.uvicorn, "Server", Noted)
         # only a process's main thread may do this

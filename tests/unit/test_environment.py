@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
 
-from protocol.environment import importing
+from protocol.environment import importing, prepare_environment
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +42,14 @@ def test_who_collects_no_garbage_does_not_begin_to() -> None:
     with importing():
         pass
     assert not gc.isenabled()
+
+
+def test_proxies_of_the_environment_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("HTTP_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "No_Proxy", "grpc_proxy")
+    for name in names:
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    monkeypatch.setenv("FEDSEAL_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    prepare_environment()
+    assert not set(names) & set(os.environ)
+    assert os.environ["FEDSEAL_PROXY"]
