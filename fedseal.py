@@ -140,6 +140,10 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted measurement.")
     ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Earlier file: its ratios are compared, exit 1 if one is worse by a fifth."),
+    ] = None,
 ) -> None:
     """Measure fedseal beside other systems, interleaved, by CPU time, bytes and memory."""
     from scenarios.bench import DEFAULT_SIZES, run_benchmark
@@ -149,7 +153,7 @@ def bench(
     settings = Settings(
         parameters or [length], clients or [cohort], repeat, peer_python, peers, tuple(leave_out or ())
     )
-    run_benchmark(console, name, settings, file, resume=resume)
+    run_benchmark(console, name, settings, file, resume=resume, against=against)
 
 
 # --- parties -----------------------------------------------------------------------------------------

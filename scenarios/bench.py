@@ -25,7 +25,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from protocol.errors import BenchmarkFailed
+from protocol.errors import BenchmarkFailed, BenchmarkWorse
+from scenarios.bench_against import Comparison, compare, read_earlier
 from scenarios.bench_arms import ArmProcess, Job, Settings, without
 from scenarios.bench_parts import Parts, RunPart
 from scenarios.bench_targets import Entry, Run, targets_table
@@ -52,7 +53,13 @@ DEFAULT_SIZES: Final = {
 
 
 def run_benchmark(
-    console: Console, name: BenchmarkName, settings: Settings, file: Path, *, resume: bool = False
+    console: Console,
+    name: BenchmarkName,
+    settings: Settings,
+    file: Path,
+    *,
+    resume: bool = False,
+    against: Path | None = None,
 ) -> None:
     """Run a benchmark in all sizes, write its report as JSON, print a table per size and one of targets.
 
@@ -62,15 +69,19 @@ def run_benchmark(
         settings: What a person chose.
         file: The report; until it is written, what was measured lies beside it.
         resume: Go on with what an interrupted call with the same settings measured, if there is any.
+        against: An earlier file, with whose ratios the new ones are compared.
 
     Raises:
-        BenchmarkFailed: An arm of our own ended, the file cannot be written, or an interrupted measurement
-            lies beside it that is not to be gone on with or does not fit.
+        BenchmarkFailed: An arm of our own ended, the file cannot be written, the earlier file cannot be
+            compared with, or an interrupted measurement lies beside `file` that is not to be gone on with
+            or does not fit.
+        BenchmarkWorse: A ratio is worse than in the earlier file; the report is written.
         CapacityExceeded: A size is beyond what a preset holds; nothing was measured then.
         PeerUnusable: The peer's environment does not hold what the benchmark needs.
     """
     if file.is_dir() or not file.parent.is_dir():
         raise BenchmarkFailed("--json must name a file in a folder that exists")
+    earlier = None if against is None else read_earlier(against, name.value)
     parts = Parts(file, _same(name, settings), resume=resume)
     with tempfile.TemporaryDirectory(prefix="fedseal-bench-") as folder:
         jobs, evaluate = _prepared(name, settings, Path(folder))
@@ -97,6 +108,20 @@ def run_benchmark(
         console.print(line, markup=False)
     console.print()
     console.print(targets_table(report["targets"]))
+    if earlier is not None:
+        _show_comparison(console, compare(earlier, report))
+
+
+def _show_comparison(console: Console, comparison: Comparison) -> None:
+    for line in comparison.notes:
+        console.print(line, markup=False)
+    for line in comparison.worse:
+        console.print(f"worse: {line}", markup=False)
+    if not comparison.compared:
+        raise BenchmarkFailed("the earlier file has no ratio in common with this one, such as of one size")
+    if comparison.worse:
+        raise BenchmarkWorse(f"{len(comparison.worse)} of {comparison.compared} ratios")
+    console.print(f"none of {comparison.compared} ratios is worse by more than a fifth", markup=False)
 
 
 def _prepared(
