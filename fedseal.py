@@ -24,6 +24,7 @@ from console.options import (
     OperatorFolder,
     OperatorPassphraseFile,
     PassphraseFile,
+    Proxy,
     ask_passphrase,
     console,
     read_plan,
@@ -187,14 +188,20 @@ def client(
     server: Annotated[str, typer.Option("--server", help="HOST:PORT of the coordinator.")],
     passphrase_file: PassphraseFile = None,
     once: Annotated[bool, typer.Option(help="End when the coordinator is not there.")] = False,
+    proxy: Proxy = None,
 ) -> None:
     """Run an owner's node until it is stopped."""
+    from client.address import parse_address
+    from client.proxy import chosen_proxy
+
+    parse_address(server)
+    by = chosen_proxy(proxy)
     with importing():
         from client.node import run_node
 
     _log_to_stderr()
     passphrase = ask_passphrase(passphrase_file, "Passphrase of the owner's keys")
-    run_node(home, passphrase, server, keep_trying=not once)
+    run_node(home, passphrase, server, keep_trying=not once, proxy=by)
 
 
 @app.command()

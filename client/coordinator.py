@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-import ssl
-from collections.abc import Callable
 from datetime import UTC, datetime
 
+from client.reach import Reach
 from crypto.certificates import check_revocations
 from crypto.trust import Trust
-from protocol.errors import ServerUnavailable
-
-_HANDSHAKE_S = 5.0
 
 
 class CoordinatorWatch:
@@ -22,14 +17,12 @@ class CoordinatorWatch:
 
     Args:
         trust: The owner's authority and its list as it is now.
-        address: ``host:port`` of the coordinator.
-        context: Makes the TLS context of a new connection, with the list as it is now.
+        reach: The way to the coordinator.
     """
 
-    def __init__(self, trust: Trust, address: str, context: Callable[[], ssl.SSLContext]) -> None:
+    def __init__(self, trust: Trust, reach: Reach) -> None:
         self._trust = trust
-        self._host, _, self._port = address.rpartition(":")
-        self._context = context
+        self._reach = reach
         self._known = trust.revocations
 
     def check(self) -> None:
@@ -37,17 +30,11 @@ class CoordinatorWatch:
 
         Raises:
             CertificateRefused: The list is missing, forged or stale.
-            ServerUnavailable: The coordinator's certificate is no longer accepted.
+            ServerUnavailable: The coordinator's certificate is no longer accepted, or it is away.
         """
         revocations = self._trust.revocations
         check_revocations(revocations, self._trust.authority, datetime.now(UTC))
         if revocations is self._known:
             return
-        try:
-            with (
-                socket.create_connection((self._host, int(self._port)), timeout=_HANDSHAKE_S) as raw,
-                self._context().wrap_socket(raw, server_hostname=self._host),
-            ):
-                self._known = revocations
-        except OSError:
-            raise ServerUnavailable("the coordinator's certificate is no longer accepted") from None
+        with self._reach.connected():
+            self._known = revocations

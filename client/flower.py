@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import httpx
 from flwr.app import Context, Message, RecordDict
 
+from client.proxy import Proxy
 from crypto.certificates import OwnerCredentials
 from crypto.identity import load_pair
 from crypto.trust import REVOCATIONS
@@ -96,7 +97,7 @@ def tls_context(
 
 @contextmanager
 def fleet_connection(
-    address: str, context: ssl.SSLContext, credentials: OwnerCredentials
+    address: str, context: ssl.SSLContext, credentials: OwnerCredentials, proxy: Proxy | None = None
 ) -> Iterator[FleetConnection]:
     """Connect this node to a coordinator's fleet API and keep its heartbeat.
 
@@ -110,6 +111,7 @@ def fleet_connection(
         address: ``host:port`` of the coordinator's fleet listener.
         context: From `tls_context`.
         credentials: The transport key also signs Flower's node authentication.
+        proxy: What the connection leads through; none that the environment names is ever used.
 
     Raises:
         ServerUnavailable: The coordinator does not answer or refuses this node, or what was done inside the
@@ -144,7 +146,13 @@ def fleet_connection(
                 retry_invoker=retry_invoker,
             )
             client._client.close()
-            client._client = httpx.Client(verify=context, timeout=_TIMEOUT_S, limits=_LIMITS)
+            client._client = httpx.Client(
+                verify=context,
+                timeout=_TIMEOUT_S,
+                limits=_LIMITS,
+                proxy=None if proxy is None else proxy.for_httpx(),
+                trust_env=False,
+            )
             made.append(client)
             return client
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -21,13 +22,24 @@ from typing import Any, TypeVar
 
 from flwr.app import Context, Message
 
+from client.address import Address, parse_address
 from client.coordinator import CoordinatorWatch
 from client.flower import FleetConnection, fleet_connection, tls_context
 from client.owner import IDENTITY, Owner, open_owner
+from client.proxy import Proxy
+from client.reach import Reach
+from crypto.certificates import check_own
 from crypto.locks import alone_in
 from protocol.batches import LONGEST_RECONNECT_S
 from protocol.environment import importing
-from protocol.errors import CertificateRefused, EnvironmentUnfit, ServerUnavailable
+from protocol.errors import (
+    CertificateRefused,
+    EnvironmentUnfit,
+    FedsealError,
+    OwnCertificateExpired,
+    OwnCertificateRevoked,
+    ServerUnavailable,
+)
 
 _LOG = logging.getLogger("fedseal.client")
 _STOP_CHECK_S = 0.2
@@ -35,6 +47,19 @@ T = TypeVar("T")
 _FIRST_RECONNECT_S = 0.5
 _LASTING_S = 0.2
 """A connection that stood for so long is made anew at once; if one breaks sooner, there is a pause."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a node gets to its coordinator.
+
+    Attributes:
+        address: Where the coordinator listens.
+        proxy: What connections lead through, if anything.
+    """
+
+    address: Address
+    proxy: Proxy | None
 
 
 @dataclass
@@ -48,31 +73,42 @@ class Link:
     since: float | None = None
 
 
-def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool = True) -> None:
+def run_node(
+    home: Path, passphrase: bytes, address: str, *, keep_trying: bool = True, proxy: Proxy | None = None
+) -> None:
     """Serve a coordinator until SIGINT or SIGTERM.
 
     Args:
         home: The owner's home folder.
         passphrase: Opens it.
         address: ``host:port`` of the coordinator's fleet listener.
-        keep_trying: Whether to wait for a coordinator that is not there, and to reconnect.
+        keep_trying: Whether to wait where waiting may help, and to reconnect: for a coordinator that is not
+            there or does not let this owner in, and for a newer revocation list.
+        proxy: What connections to the coordinator lead through.
 
     Raises:
-        ServerUnavailable: The coordinator is not there and `keep_trying` is off.
-        CertificateRefused: The revocation list is missing or stale and `keep_trying` is off.
+        AddressMalformed: `address` is not one.
+        OwnCertificateExpired: By this machine's clock the owner's certificate is not valid.
+        OwnCertificateRevoked: The owner's certificate is revoked.
+        ServerUnavailable: The coordinator is not there, is another, or does not let this owner in, and
+            `keep_trying` is off; the class says why.
+        CertificateRefused: The revocation list is missing or stale, or the coordinator does not take the
+            owner's certificate, and `keep_trying` is off.
         EnvironmentUnfit: What trains cannot be imported.
         HomeBusy: Another node of this home runs.
         FedsealError: The owner's home cannot be opened.
     """
-    stop = threading.Event()
+    where, stop = parse_address(address), threading.Event()
     _stop_on_signals(stop)
     with alone_in(home), closing(open_owner(home, passphrase)) as owner:
         pause = _FIRST_RECONNECT_S
         while not stop.is_set():
             link = Link()
             try:
-                _serve(owner, home, address, stop, link)
+                _serve(owner, home, Way(where, proxy), stop, link)
             except (ServerUnavailable, CertificateRefused) as error:
+                if _is_final(owner, error):
+                    raise
                 if link.since is not None:
                     lasted = time.monotonic() - link.since
                     pause = 0.0 if lasted >= _LASTING_S else _FIRST_RECONNECT_S
@@ -83,16 +119,32 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
                 pause = min(max(pause * 2, _FIRST_RECONNECT_S), LONGEST_RECONNECT_S)
 
 
-def _serve(owner: Owner, home: Path, address: str, stop: threading.Event, link: Link) -> None:
+def _is_final(owner: Owner, error: FedsealError) -> bool:
+    """Tell whether waiting is of no use: a certificate that ran out, by this clock too, or is revoked."""
+    if isinstance(error, OwnCertificateExpired):
+        certificate, now = owner.credentials.transport_certificate, datetime.now(UTC)
+        return not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc
+    return isinstance(error, OwnCertificateRevoked)
+
+
+def _serve(owner: Owner, home: Path, way: Way, stop: threading.Event, link: Link) -> None:
     """Answer a coordinator until told to stop, or until the connection breaks, which raises."""
-    identity = home / IDENTITY
-    context = partial(tls_context, identity / "ca.crt", identity / "transport.crt", owner.credentials)
-    watch = CoordinatorWatch(owner.trust, address, context)
-    with fleet_connection(address, context(), owner.credentials) as connection:
-        app = _app_of(owner)
-        link.since = time.monotonic()
-        _LOG.info("node of %s is connected", owner.name)
-        relay(connection, app, stop, watch.check)
+    identity, credentials = home / IDENTITY, owner.credentials
+    check_own(credentials.transport_certificate, owner.trust.revocations, datetime.now(UTC))
+    context = partial(tls_context, identity / "ca.crt", identity / "transport.crt", credentials)
+    reach = Reach(way.address, context, way.proxy)
+    watch = CoordinatorWatch(owner.trust, reach)
+    try:
+        with fleet_connection(str(way.address), context(), credentials, way.proxy) as connection:
+            app = _app_of(owner)
+            link.since = time.monotonic()
+            _LOG.info("node of %s is connected", owner.name)
+            relay(connection, app, stop, watch.check)
+    except ServerUnavailable:
+        if link.since is None:
+            # Flower's client does not say why; if it works now, the next try will too
+            reach.require_admitted()
+        raise
 
 
 def _app_of(owner: Owner) -> Callable[[Message, Context], Message]:

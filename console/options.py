@@ -24,6 +24,13 @@ PassphraseFile = Annotated[
         help="File (mode 0600) or /dev/fd/N with the passphrase; else FEDSEAL_PASSPHRASE, else a prompt.",
     ),
 ]
+Proxy = Annotated[
+    str | None,
+    typer.Option(
+        "--proxy",
+        help="http://HOST:PORT of a proxy to the coordinator; else FEDSEAL_PROXY, which may hold a login.",
+    ),
+]
 OperatorFolder = Annotated[
     Path | None,
     typer.Option("--operator", help="Identity folder of the operator; operator/ of the home otherwise."),

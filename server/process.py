@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+from cryptography import x509
+
 from crypto.auditlog import FOLDER, AuditLog, KeptLog
-from crypto.certificates import ServerCredentials, key_sha256
+from crypto.certificates import (
+    ServerCredentials,
+    check_own,
+    check_revocations,
+    format_time,
+    key_sha256,
+)
 from crypto.identity import load_server, ssl_key_file
 from crypto.locks import alone_in
-from crypto.trust import load_trust
+from crypto.trust import Trust, load_trust
 from protocol.environment import return_large_memory
-from protocol.errors import CertificateRefused
+from protocol.errors import CertificateRefused, ListStale
 from server.addresses import Addresses, forget_addresses, write_addresses
 from server.flower.superlink import SuperLinkOptions
 from server.home import HOME_VARIABLE, IDENTITY, MEMBERS
@@ -21,6 +31,9 @@ from server.listeners.launcher import Coordinator, Sockets, serve
 from server.listeners.loopback import LOOPBACK, TlsFiles, loopback_certificate
 from server.listeners.sockets import ListenerOptions, listening
 
+EXPIRES_SOON = timedelta(days=14)
+
+_LOG = logging.getLogger("fedseal.server")
 _RUNTIME = ListenerOptions(LOOPBACK, 0)
 
 
@@ -40,6 +53,7 @@ def run_server(
 
     Raises:
         SecretUnavailable, CertificateRefused: The identity cannot be opened.
+        OwnCertificateExpired, OwnCertificateRevoked, ListStale: It would be of no use now.
         HomeBusy: Another coordinator of this home runs.
         AddressUnavailable: The coordinator cannot listen there.
         LogBroken: The log of acts is not the one that was written.
@@ -48,6 +62,7 @@ def run_server(
     return_large_memory()
     identity = home / IDENTITY
     credentials = load_server(identity, passphrase)
+    require_valid_now(credentials.certificate, load_trust(identity), datetime.now(UTC))
     if not (home / MEMBERS).is_dir():
         raise CertificateRefused("the coordinator's home has no members folder")
     os.environ[HOME_VARIABLE] = str(home.resolve())
@@ -82,6 +97,27 @@ def run_server(
             forget_addresses(home)
             coordinator.log.record("server.stop")
             coordinator.log.sign()
+
+
+def require_valid_now(certificate: x509.Certificate, trust: Trust, now: datetime) -> None:
+    """Return if a coordinator with this certificate and list would let owners in now, and be accepted.
+
+    A certificate that will not be valid for long is a warning in the log.
+
+    Raises:
+        OwnCertificateExpired, OwnCertificateRevoked: Every owner would refuse the coordinator.
+        ListStale: The coordinator would refuse every owner.
+        CertificateRefused: The list is missing, malformed or not the authority's.
+    """
+    revocations = trust.revocations
+    check_own(certificate, revocations, now)
+    try:
+        check_revocations(revocations, trust.authority, now)
+    except CertificateRefused as error:
+        raise ListStale(error.detail) from None
+    end = certificate.not_valid_after_utc
+    if end - now < EXPIRES_SOON:
+        _LOG.warning("the coordinator's certificate is valid until %s only", format_time(end))
 
 
 def _coordinator(home: Path, credentials: ServerCredentials) -> Coordinator:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import FlowerChanged
+from server.flower.clock import tolerate_clocks
 from server.flower.objects import objects_on_disk
 
 
@@ -60,6 +61,7 @@ def superlink_app(options: SuperLinkOptions) -> Any:
         ]
         with _arguments(arguments):
             config = cli._parse_superlink_lifespan_config()
+        tolerate_clocks()
         with objects_on_disk(options.object_folder):
             return create_app(config, cli.SuperLinkLifespan)
     except (ImportError, AttributeError, TypeError) as error:

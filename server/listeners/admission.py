@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import logging
 import os
+import ssl
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cryptography import x509
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from crypto.auditlog import KeptLog
-from crypto.certificates import LeafRole, check_certificate, key_sha256
+from crypto.certificates import (
+    LeafRole,
+    check_certificate,
+    check_own,
+    check_revocations,
+    common_name,
+    key_sha256,
+)
 from crypto.trust import Trust
-from protocol.errors import CertificateRefused
+from protocol.admission import REFUSAL_STATUS
+from protocol.errors import CertificateRefused, ListStale, OwnCertificateExpired, OwnCertificateRevoked
 from server.listeners.limits import BoundedProtocol, refuse
 
 _LOG = logging.getLogger("fedseal.server")
@@ -28,6 +38,17 @@ _ESTABLISHED = "01"
 
 PEER = "fedseal.peer"
 """Key of an ASGI scope that holds the fingerprint of the peer's certified key."""
+
+CERTIFICATE = "fedseal.certificate"
+"""Key of an ASGI scope that holds the peer's certificate."""
+
+
+TOLD: Final = (OwnCertificateExpired.code, OwnCertificateRevoked.code, ListStale.code)
+"""What a refused peer is told of; whoever has a certificate for another use is just cut off."""
+
+_SAID_AGAIN_S: Final = 60.0
+_DATES: Final = (9, 10)
+"""OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
 
 
 class Admission:
@@ -44,28 +65,72 @@ class Admission:
         self._role = role
         self._log = log
         self._refused: set[tuple[str, str]] = set()
+        self._said: dict[str, float] = {}
 
     def admits(self, certificate: x509.Certificate | None) -> bool:
         """Tell whether a peer with this certificate is let in now."""
+        return self.refusal(certificate) is None
+
+    def refusal(self, certificate: x509.Certificate | None) -> str | None:
+        """Return the code of the error for which a peer is refused now; None if it is let in."""
+        now = datetime.now(UTC)
         try:
             if certificate is None:
                 raise CertificateRefused("there is no certificate")
             trust = self._trust
-            check_certificate(
-                certificate, self._role, trust.authority, trust.revocations, datetime.now(UTC)
-            )
+            check_certificate(certificate, self._role, trust.authority, trust.revocations, now)
         except CertificateRefused as error:
-            self._note(certificate, error)
-            return False
-        return True
+            code = error.code if certificate is None else self._code_for_its_holder(certificate, now)
+            self.note(certificate, code, error.detail)
+            return code
+        return None
 
-    def _note(self, certificate: x509.Certificate | None, error: CertificateRefused) -> None:
+    def _code_for_its_holder(self, certificate: x509.Certificate, now: datetime) -> str:
+        trust = self._trust
+        try:
+            check_revocations(trust.revocations, trust.authority, now)
+        except CertificateRefused:
+            return ListStale.code
+        try:
+            check_own(certificate, trust.revocations, now)
+        except CertificateRefused as error:
+            return error.code
+        return CertificateRefused.code
+
+    def note(self, certificate: x509.Certificate | None, code: str, reason: str) -> None:
         """Record a refusal once, so that a stranger who keeps trying does not fill the log."""
-        peer = "anonymous" if certificate is None else key_sha256(certificate.public_key())
-        if (peer, error.detail) not in self._refused:
-            self._refused.add((peer, error.detail))
-            _LOG.warning("a peer was refused: %s", error)
-            self._log.record("peer.refused", peer, listener=self._role, reason=error.detail)
+        name, peer = "a peer", "anonymous"
+        if certificate is not None:
+            # the authority has signed it, so that it is a plain word
+            name = common_name(certificate.subject)
+            peer = key_sha256(certificate.public_key())
+        if (peer, code) not in self._refused:
+            self._refused.add((peer, code))
+            _LOG.warning("%s: %s was refused: %s", code, name, reason)
+            self._log.record("peer.refused", peer, listener=self._role, reason=reason)
+
+    def forgive(self, certificate: x509.Certificate, code: str) -> None:
+        """Let a refusal be recorded again, because what it was for is over."""
+        self._refused.discard((key_sha256(certificate.public_key()), code))
+
+    def note_handshake(self, error: ssl.SSLError, peer: Any) -> None:
+        """Say why a TLS handshake failed, each reason once a minute; silent about what is no TLS at all."""
+        code = CertificateRefused.code
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason = error.verify_message
+            if error.verify_code in _DATES:
+                code = OwnCertificateExpired.code
+        elif error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+            reason = "there is no certificate"
+        else:
+            return
+        now = time.monotonic()
+        if now - self._said.get(reason, -_SAID_AGAIN_S) < _SAID_AGAIN_S:
+            return
+        self._said[reason] = now
+        where = f"from {peer[0]} " if peer else ""
+        _LOG.warning("%s: a connection %swas refused: %s", code, where, reason)
+        self._log.record("peer.refused", "unknown", listener=self._role, reason=reason)
 
 
 def certified_protocol(admission: Admission) -> type[HttpToolsProtocol]:
@@ -76,16 +141,25 @@ def certified_protocol(admission: Admission) -> type[HttpToolsProtocol]:
 
     class CertifiedProtocol(BoundedProtocol):
         certificate: x509.Certificate | None = None
+        is_told = False
+
+        def handshake_failed(self, error: ssl.SSLError, peer: Any) -> None:
+            """Note why a connection was not made; see `server.listeners.handshakes`."""
+            admission.note_handshake(error, peer)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.certificate = _peer_certificate(transport)
             self.app = _each_request(self.app, admission, self.certificate)
-            self.end_unless_admitted()
+            code = admission.refusal(self.certificate)
+            # its first request is answered with the code, and it has the time of a request's head for it
+            self.is_told = code in TOLD
+            if code is not None and not self.is_told:
+                self.transport.abort()
 
         def end_unless_admitted(self) -> None:
             """Close the connection, whatever it is doing, if its peer is no longer let in."""
-            if not admission.admits(self.certificate):
+            if not self.is_told and not admission.admits(self.certificate):
                 self.transport.abort()
 
     return CertifiedProtocol
@@ -143,10 +217,12 @@ def end_refused_connections(connections: set[Any]) -> None:
 
 def _each_request(app: Any, admission: Admission, certificate: x509.Certificate | None) -> Any:
     async def serve(scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if certificate is None or not admission.admits(certificate):
-            await refuse(send, 403)
+        code = admission.refusal(certificate)
+        if certificate is None or code is not None:
+            await refuse(send, REFUSAL_STATUS, code or "")
             return
-        await app({**scope, PEER: key_sha256(certificate.public_key())}, receive, send)
+        peer = {PEER: key_sha256(certificate.public_key()), CERTIFICATE: certificate}
+        await app({**scope, **peer}, receive, send)
 
     return serve
 

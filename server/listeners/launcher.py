@@ -42,7 +42,9 @@ from server.listeners.admission import (
     end_refused_connections,
 )
 from server.listeners.control import ControlEndpoint, control_socket
-from server.listeners.limits import Bounded, PatientLoop, allow_many_files, refuse
+from server.listeners.gate import Gate
+from server.listeners.handshakes import PatientLoop
+from server.listeners.limits import Bounded, allow_many_files, refuse
 from server.listeners.loopback import TlsFiles, require_reachable
 
 _LOG = logging.getLogger("fedseal.server")
@@ -157,9 +159,9 @@ async def _serve(
     let_in = partial(Admission, coordinator.trust, log=coordinator.log)
     authority = coordinator.trust.authority
     operators = _certified_server(endpoint, shown, let_in("operator"), authority)
-    fleet = Bounded(Only(batches.fleet, for_owners), PEER)
-    owners = _certified_server(fleet, shown, let_in("owner-transport"), authority)
-    members = Members(coordinator, flower)
+    members, admission = Members(coordinator, flower), let_in("owner-transport")
+    fleet = Gate(Only(batches.fleet, for_owners), admission, members.__contains__)
+    owners = _certified_server(Bounded(fleet, PEER), shown, admission, authority)
     with control_socket(coordinator.home) as control:
         tasks = [asyncio.create_task(private.serve(sockets=sockets.runtime))]
         await _started(private, tasks)
@@ -293,6 +295,10 @@ class Members:
         self._log = coordinator.log
         self._flower = flower
         self._registered: set[str] = set()
+
+    def __contains__(self, fingerprint: object) -> bool:
+        """Tell whether the owner of a transport key is registered."""
+        return fingerprint in self._registered
 
     def register(self) -> None:
         """Register every member whose transport key is new in the folder."""

@@ -16,12 +16,10 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from protocol.admission import REFUSAL_HEADER
 from protocol.batches import MAX_BATCH_BYTES
 
 _LOG = logging.getLogger("fedseal.server")
-
-HANDSHAKE_S: Final = 15.0
-"""Longest TLS handshake."""
 
 HEAD_S: Final = 20.0
 """Longest time from a connection, or from the first byte of a request, to the end of the request's head."""
@@ -43,16 +41,6 @@ MAX_REQUESTS: Final = 8
 """Most requests of one peer at a time; a node makes three."""
 
 Receive = Callable[[], Awaitable[Any]]
-
-
-class PatientLoop(asyncio.SelectorEventLoop):
-    """An event loop whose servers give up TLS handshakes after `HANDSHAKE_S`."""
-
-    async def create_server(self, *arguments: Any, **options: Any) -> asyncio.Server:
-        """Create a server as any event loop does."""
-        if options.get("ssl") is not None:
-            options.setdefault("ssl_handshake_timeout", HANDSHAKE_S)
-        return await super().create_server(*arguments, **options)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -191,9 +179,11 @@ def _refusal(headers: dict[bytes, bytes]) -> int:
     return 413 if len(length) > 12 or int(length or b"0") > MAX_BODY_BYTES else 0
 
 
-async def refuse(send: Any, status: int) -> None:
-    """Answer an HTTP status and nothing else, and close the connection."""
+async def refuse(send: Any, status: int, code: str = "") -> None:
+    """Answer an HTTP status, the code of an error if there is one, and nothing else; then close."""
     headers = [(b"content-length", b"0"), (b"connection", b"close")]
+    if code:
+        headers.append((REFUSAL_HEADER.encode(), code.encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
 

@@ -15,8 +15,8 @@ UNREGISTERED = "owner-4"
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealFederation]:
-    """Three owners and a coordinator; a fourth owner has certificates and is not registered."""
-    made = made_federation(tmp_path_factory.mktemp("real") / "federation", owners=4)
+    """Three owners and a coordinator; a fourth owner is not registered, and a fifth has no node."""
+    made = made_federation(tmp_path_factory.mktemp("real") / "federation", owners=4, more=1)
     for file in (made.server_home / "members").glob(f"{UNREGISTERED}.*"):
         file.unlink()
     with federation_of(made, made.owners[:3]) as federation:

@@ -196,12 +196,12 @@ class RealFederation:
         return living(self.mark)
 
 
-def made_federation(folder: Path, owners: int) -> Federation:
-    """Make homes for some owners; every key is sealed under the one passphrase of the tests."""
+def made_federation(folder: Path, owners: int, more: int = 0) -> Federation:
+    """Make homes for owners, and for more with the same rows; the tests' passphrase seals every key."""
     splits, public = digits(seed=0, owners=owners)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("scenarios.federation._passphrase", lambda: PASSPHRASE)
-        made = make_federation(folder, splits, PolicySettings())
+        made = make_federation(folder, [*splits, *splits[:more]], PolicySettings())
     write_examples(folder / "public.npz", *public)
     return made
 

@@ -30,17 +30,21 @@ from real_federation import (
     wait_until,
 )
 
+from client.address import Address
 from client.coordinator import CoordinatorWatch
 from client.flower import tls_context
+from client.reach import Reach
 from crypto.auditlog import Act, AuditLog, KeptLog
 from crypto.authority import Authority, create_authority
 from crypto.certificates import OperatorCredentials, OwnerCredentials, key_sha256
 from crypto.identity import load_operator, load_owner, load_server, open_ec_key, ssl_key_file
 from crypto.pki import revoke
 from crypto.trust import load_trust, replace_revocations
+from protocol.admission import REFUSAL_HEADER, REFUSAL_STATUS
 from protocol.errors import (
     CertificateRefused,
     LogBroken,
+    OwnCertificateRevoked,
     RunBusy,
     RunFailed,
     RunPaused,
@@ -331,8 +335,11 @@ class TestRevocation:
             # the very next request on the open connection
             assert refuses(revoked)
             assert other.get("/health").status_code == 200
-        with owner_client(revocable, "owner-1", tmp_path) as again, pytest.raises(httpx.TransportError):
-            again.get("/health")
+        with owner_client(revocable, "owner-1", tmp_path) as again:
+            answer = again.get("/health")
+        assert answer.status_code == REFUSAL_STATUS
+        assert answer.headers[REFUSAL_HEADER] == OwnCertificateRevoked.code
+        assert answer.content == b""
         assert acts(revocable, "peer.refused")[-1].facts["reason"] == "the certificate is revoked"
 
     def test_open_connection_of_a_revoked_owner_is_closed(
@@ -403,7 +410,7 @@ class TestRevocation:
         def context() -> ssl.SSLContext:
             return tls_context(home / "ca.crt", home / "transport.crt", credentials)
 
-        watch = CoordinatorWatch(trust, f"127.0.0.1:{revocable.port}", context)
+        watch = CoordinatorWatch(trust, Reach(Address("127.0.0.1", revocable.port), context))
         watch.check()
         replace_revocations(home, revoke(revocable.made.folder / "pki", PASSPHRASE))
         watch.check()
@@ -433,7 +440,7 @@ def stale_list(signer: Authority, serials: list[int]) -> bytes:
 def refuses(client: httpx.Client) -> bool:
     """Tell whether the next request is refused, or the connection is closed."""
     try:
-        return client.get("/health").status_code == 403
+        return client.get("/health").status_code == REFUSAL_STATUS
     except httpx.TransportError:
         return True
 

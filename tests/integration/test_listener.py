@@ -22,7 +22,7 @@ from crypto.certificates import OwnerCredentials, ServerCredentials
 from crypto.identity import load_owner, ssl_key_file
 from crypto.trust import load_trust
 from crypto.vault import open_secret
-from protocol.errors import ServerUnavailable
+from protocol.errors import NotAMember, ServerUnavailable
 from tests.credentials import owner_of, server_of
 
 NOW = datetime.now(UTC)
@@ -223,8 +223,9 @@ class TestNodeAuthentication:
             PASSPHRASE,
         )
         status = wait_until(lambda: real.processes.ended().get("stranger"), 60, "the stranger's end")
-        assert status == ServerUnavailable.exit_code
-        assert ServerUnavailable.code in real.log("stranger")
+        assert status == NotAMember.exit_code
+        assert f"{NotAMember.code}  " in real.log("stranger")
+        assert f"127.0.0.1:{real.port}" in real.log("stranger")
         assert "Traceback" not in real.log("stranger")
 
 

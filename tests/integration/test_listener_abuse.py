@@ -33,8 +33,8 @@ MEMORY_GROWTH_KB = 400 * 1024
 
 @pytest.fixture(scope="module")
 def context(real: RealFederation, tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
-    """What a member shows; it is not registered, so that it disturbs no node of the run."""
-    member = load_owner(real.owner("owner-4").folder / "identity", PASSPHRASE)
+    """What a member shows; it has no node, so that it disturbs none of the run."""
+    member = load_owner(real.owner("owner-5").folder / "identity", PASSPHRASE)
     made = ssl.create_default_context(cafile=str(real.home / "identity" / "ca.crt"))
     file = tmp_path_factory.mktemp("abuse") / "shown.crt"
     file.write_bytes(member.transport_certificate.public_bytes(Encoding.PEM))
