@@ -265,12 +265,22 @@ def stop(
 def doctor(
     home: Annotated[Path | None, typer.Option(help="Also check this party's home folder.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port that must be free.")] = 8443,
+    server: Annotated[
+        str | None, typer.Option("--server", help="HOST:PORT of a coordinator to connect to.")
+    ] = None,
+    proxy: Proxy = None,
+    passphrase_file: PassphraseFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check this machine: Python, packages, encryption, ports, clock, certificates."""
+    """Check this machine: Python, packages, encryption, ports, clock, certificates, the way to a server."""
     from console.doctor import examine, show_findings
 
     findings = examine(home, port)
+    if server is not None:
+        from client.proxy import chosen_proxy
+        from console.doctor_net import check_server
+
+        findings += check_server(server, home, chosen_proxy(proxy), passphrase_file)
     if not show_findings(console, findings, as_json=as_json):
         raise typer.Exit(10)
 

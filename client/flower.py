@@ -19,11 +19,11 @@ import httpx
 from flwr.app import Context, Message, RecordDict
 
 from client.proxy import Proxy
+from client.reach import trusting_context
 from crypto.certificates import OwnerCredentials
 from crypto.identity import load_pair
-from crypto.trust import REVOCATIONS
 from protocol.batches import ANSWER_PATH, RECEIVE_PATH, RawMessage, fitting, join_batch, split_batch
-from protocol.errors import CertificateRefused, FedsealError, FlowerChanged, ServerUnavailable
+from protocol.errors import FedsealError, FlowerChanged, ServerUnavailable
 
 PULL_BACKOFF_S = 0.02
 _CONNECT_RETRIES = 0
@@ -83,14 +83,7 @@ def tls_context(
     Raises:
         CertificateRefused: One of the files cannot be read.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    try:
-        context.load_verify_locations(authority_file)
-        context.load_verify_locations(authority_file.with_name(REVOCATIONS))
-    except OSError:
-        raise CertificateRefused("ca.crt or crl.pem cannot be read") from None
-    context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_CRL_CHECK_LEAF
+    context = trusting_context(authority_file)
     load_pair(context, certificate_file, credentials.transport_key)
     return context
 

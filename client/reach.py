@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Final
 
 from client.address import Address
 from client.proxy import Proxy
+from crypto.trust import REVOCATIONS
 from protocol.admission import ADMISSION_PATH, CLOCK_TOLERANCE_S, REFUSAL_HEADER
 from protocol.errors import (
     CertificateRefused,
@@ -163,6 +165,26 @@ class Reach:
 
     def _way(self) -> str:
         return f"{self.address} by the proxy {self.proxy}" if self.proxy is not None else str(self.address)
+
+
+def trusting_context(authority_file: Path) -> ssl.SSLContext:
+    """Return a TLS 1.3 context that trusts one authority only, and shows nothing itself.
+
+    A coordinator whose certificate is on the revocation list beside `authority_file` is refused, and every
+    coordinator once that list is stale.
+
+    Raises:
+        CertificateRefused: One of the files cannot be read.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_verify_locations(authority_file)
+        context.load_verify_locations(authority_file.with_name(REVOCATIONS))
+    except OSError:
+        raise CertificateRefused("ca.crt or crl.pem cannot be read") from None
+    context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_CRL_CHECK_LEAF
+    return context
 
 
 def _await_alert(connection: ssl.SSLSocket) -> None:

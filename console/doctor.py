@@ -1,19 +1,18 @@
 """Look at this machine, and at one party's home folder, for what would stop a run later.
 
-Nothing is sent anywhere and no secret is opened. What a check needs is imported inside it, so that a
-package that is missing or broken becomes one finding and not the end of the doctor.
+Nothing is sent anywhere and no secret is opened, unless a coordinator is named. What a check needs is
+imported inside it, so that a package that is missing or broken becomes one finding and not the end of the
+doctor.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
 import shutil
-import socket
 import ssl
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,10 +20,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from console.doctor_home import certificate_files, check_home, role_of_home
+from console.doctor_net import check_inside, check_port
 from console.findings import INSTALL, Finding, Status, guarded, show_findings
 from protocol.environment import prepare_environment
 
-__all__ = ["Finding", "Status", "examine", "guarded", "show_findings"]
+__all__ = ["Finding", "Status", "check_port", "examine", "guarded", "show_findings"]
 
 FLOWER_VERSION = "1.41.0"
 FLOWER_MODULES = (
@@ -75,7 +75,8 @@ def examine(home: Path | None, port: int) -> list[Finding]:
 
     Args:
         home: Home folder of an owner or of the coordinator; None looks at the machine alone.
-        port: Loopback port that must be free. Not looked at for an owner, who listens nowhere.
+        port: Loopback port that must be free, or that of the running coordinator of `home`. Not looked at
+            for an owner, who listens nowhere.
     """
     now = datetime.now(UTC)
     role = role_of_home(home) if home is not None else None
@@ -92,7 +93,8 @@ def examine(home: Path | None, port: int) -> list[Finding]:
         *guarded("resources", describe_resources),
     ]
     if role != "owner":
-        findings += guarded("port", check_port, port)
+        findings += guarded("port", check_port, port, home)
+        findings += guarded("inside", check_inside, home)
     if home is not None:
         findings += check_home(home, now)
     return findings
@@ -186,22 +188,6 @@ def check_flower(modules: Iterable[str]) -> Finding:
         detail = f"version {version}, needed {FLOWER_VERSION}"
         return Finding("Flower", "fail", "; ".join([detail, *(f"no {item}" for item in missing)]), INSTALL)
     return Finding("Flower", "ok", version)
-
-
-def check_port(port: int) -> Finding:
-    """Check that a loopback TCP port can be bound now."""
-    with socket.socket() as probe:
-        # As the listener does it: connections that ended a moment ago are not in the way.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            name = errno.errorcode.get(error.errno or 0, "unknown error")
-            remedy = f"Stop what listens there (ss -ltnp 'sport = :{port}'), or choose another with --port."
-            if error.errno == errno.EACCES:
-                remedy = "Choose a port above 1023 with --port."
-            return Finding("port", "fail", f"{port} on 127.0.0.1 cannot be bound ({name})", remedy)
-    return Finding("port", "ok", f"{port} on 127.0.0.1 is free")
 
 
 def check_clock(home: Path | None, now: datetime) -> Finding:

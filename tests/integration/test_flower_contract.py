@@ -13,6 +13,7 @@ import inspect
 import os
 import shutil
 import sys
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -25,9 +26,12 @@ import httpx
 import pytest
 
 import server.flower.grid
-from crypto.authority import create_authority
+from crypto.authority import CLOCK_SKEW, create_authority
+from protocol.admission import CLOCK_TOLERANCE_S
 from protocol.environment import FLOWER_ENVIRONMENT
+from protocol.errors import FlowerChanged
 from protocol.records import LARGE_BLOB_BYTES, from_record, to_record
+from server.flower.clock import TIMESTAMP_HEADER, tolerate_clocks
 from server.flower.control import _bundle
 from server.flower.grid import set_identity
 from server.flower.objects import ON_DISK_BYTES, RESERVED_BYTES, DiskObjectStore
@@ -142,6 +146,35 @@ def test_control_api_asks_nobody_who_he_is() -> None:
     """This is why no listener serves it; if Flower ever asks, that may be reconsidered."""
     load = member("flwr.superlink.config_loader", "load_control_authn_plugin")
     assert type(load()).__name__ == "NoOpControlAuthnPlugin"
+
+
+def test_tolerance_for_clocks_is_two_constants_of_the_judging_module() -> None:
+    """Their window is what `server.flower.clock` widens."""
+    name = "flwr.superlink.routers.fleet.node_auth"
+    text = inspect.getsource(member(name, "authenticate_node"))
+    assert "not -SYSTEM_TIME_TOLERANCE" in text
+    assert "< TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE" in text
+    constants = "flwr.common.constant"
+    assert member(constants, "SYSTEM_TIME_TOLERANCE") == 5, "Flower tolerates something else now"
+    assert member(constants, "TIMESTAMP_TOLERANCE") == 300
+    assert member(constants, "TIMESTAMP_HEADER") == TIMESTAMP_HEADER
+    tolerate_clocks()
+    tolerate_clocks()
+    judge = module(name)
+    assert judge.SYSTEM_TIME_TOLERANCE == CLOCK_TOLERANCE_S
+    assert judge.SYSTEM_TIME_TOLERANCE + judge.TIMESTAMP_TOLERANCE == 305, "Flower's own end of its window"
+    assert timedelta(seconds=CLOCK_TOLERANCE_S) == CLOCK_SKEW, "an authority's certificates are dated back"
+
+
+def test_another_tolerance_for_clocks_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module("flwr.superlink.routers.fleet.node_auth"), "TIMESTAMP_TOLERANCE", 30)
+    with pytest.raises(FlowerChanged):
+        tolerate_clocks()
+
+
+def test_node_signs_the_time_that_its_interceptor_s_clock_shows() -> None:
+    text = source("flwr.supernode.node_auth_http_interceptor")
+    assert "timestamp = now().isoformat()" in text
 
 
 def test_starts_and_questions_for_a_task_have_the_paths_by_which_one_waits_for_the_other() -> None:

@@ -31,6 +31,8 @@ from client.flower import fleet_connection, tls_context
 from client.node import run_node
 from client.proxy import Proxy, chosen_proxy, read_proxy
 from client.reach import Reach
+from console.doctor_net import check_inside, check_port, check_server
+from console.findings import Finding
 from crypto.authority import Authority, create_authority
 from crypto.certificates import OwnerCredentials
 from crypto.identity import load_owner, load_server, open_ec_key
@@ -45,6 +47,7 @@ from protocol.errors import (
     CoordinatorForeign,
     CoordinatorMisnamed,
     FedsealError,
+    InsideUnreachable,
     ListStale,
     NameUnknown,
     NoAnswer,
@@ -56,6 +59,8 @@ from protocol.errors import (
     ProxyFailed,
 )
 from scenarios.federation import Federation
+from server.addresses import write_addresses
+from server.home import ADDRESSES
 from server.listeners.sockets import free_port
 from tests.credentials import owner_of, server_of
 
@@ -439,6 +444,86 @@ def test_proxies_of_the_environment_are_ignored(
         connect(made, coordinator)
     assert between.heads == []
     assert chosen_proxy(None, {"HTTPS_PROXY": f"http://{HOST}:1"}) is None
+
+
+# --- the doctor ------------------------------------------------------------------------------------------
+
+
+def examined(
+    monkeypatch: pytest.MonkeyPatch, address: str, home: Path | None, proxy: Proxy | None = None
+) -> Finding:
+    """Return what the doctor finds of a coordinator, with the passphrase at hand."""
+    monkeypatch.setenv("FEDSEAL_PASSPHRASE", PASSPHRASE.decode())
+    (found,) = check_server(address, home, proxy, None)
+    return found
+
+
+def test_the_doctor_tells_the_same_reasons(
+    monkeypatch: pytest.MonkeyPatch,
+    made: Federation,
+    coordinator: Served,
+    authority: Authority,
+    tmp_path: Path,
+) -> None:
+    home, address = home_of(made, "owner-1"), f"{HOST}:{coordinator.addresses.port}"
+    found = examined(monkeypatch, address, home)
+    assert found.status == "ok"
+    assert_matches(rf"{address} lets this owner in; clocks differ by [0-3] s", found.detail)
+    with connect_proxy() as between, connect_proxy(status=403) as closed:
+        by = Proxy(Address(HOST, between.port))
+        assert examined(monkeypatch, address, home, by).status == "ok"
+        assert (
+            ProxyFailed.code
+            in examined(monkeypatch, address, home, Proxy(Address(HOST, closed.port))).detail
+        )
+    foreign = server_of(create_authority("fedseal demo authority", 10), [HOST], 1)
+    with listener_of(foreign, tmp_path) as port, answering(b"SSH-2.0-OpenSSH_9.9\r\n") as other:
+        for where, whose, kind in (
+            ("https://host", home, AddressMalformed),
+            (f"{HOST}:{free_port()}", home, PortRefused),
+            (f"{HOST}:{port}", home, CoordinatorForeign),
+            (f"{HOST}:{other}", home, NotACoordinator),
+            (f"{HOST}:{other}", None, NotACoordinator),
+            (address, home_of(made, STRANGER), NotAMember),
+        ):
+            found = examined(monkeypatch, where, whose)
+            assert found.status == "fail"
+            assert found.detail.startswith(f"{kind.code} {kind.what}")
+            assert where in found.detail
+            assert found.remedy == kind.remedy
+    shifted(monkeypatch, 400)
+    assert ClocksDiffer.code in examined(monkeypatch, address, home).detail
+
+
+def test_the_doctor_says_what_it_did_not_look_at(made: Federation, coordinator: Served) -> None:
+    address = f"{HOST}:{coordinator.addresses.port}"
+    for home, status, words in (
+        (home_of(made, "owner-1"), "warn", "whether it lets this owner in was not asked"),
+        (made.server_home, "ok", "is a coordinator of this federation"),
+        (None, "warn", "answers with TLSv1.3"),
+    ):
+        (found,) = check_server(address, home, None, None)
+        assert (found.status, words in found.detail) == (status, True), found
+
+
+def test_the_doctor_knows_the_coordinator_of_the_home(
+    monkeypatch: pytest.MonkeyPatch, made: Federation, coordinator: Served, tmp_path: Path
+) -> None:
+    port = coordinator.addresses.port
+    assert check_port(port, made.server_home).status == "ok"
+    assert check_port(port).status == "fail"
+    assert check_port(port, coordinators_home(made, tmp_path)).status == "fail", "another home"
+    assert check_inside(made.server_home).detail.startswith("the running coordinator's own listener")
+    # what a coordinator that was killed leaves behind
+    left = tmp_path / "server"
+    shutil.copy(made.server_home / ADDRESSES, left)
+    write_addresses(left, replace(coordinator.addresses, port=free_port()))
+    for home in (left, None):
+        assert check_inside(home).detail.startswith("a listener on 127.0.0.1")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://{HOST}:{free_port()}")
+    for home in (made.server_home, None):
+        with pytest.raises(InsideUnreachable):
+            check_inside(home)
 
 
 # --- the coordinator itself ------------------------------------------------------------------------------
