@@ -37,6 +37,7 @@ from protocol.batches import (
 )
 from protocol.errors import EnvironmentUnfit, ServerUnavailable
 from server.addresses import read_addresses
+from server.listeners.loopback import ROOT
 
 OWNER = "owner-1"
 PROTOBUF = {"content-type": "application/protobuf", "accept": "application/protobuf"}
@@ -143,7 +144,7 @@ def test_a_reply_in_another_nodes_name_is_refused(
 def test_a_question_for_a_task_waits(real: RealFederation) -> None:
     """For a second, as nobody starts a run."""
     own = f"https://127.0.0.1:{read_addresses(real.home).runtime_port}"
-    context = ssl.create_default_context(cafile=real.home / "identity" / "ca.crt")
+    context = ssl.create_default_context(cafile=real.home / "flower" / ROOT)
     with httpx.Client(verify=context, base_url=own, timeout=30, trust_env=False) as made:
         began = time.monotonic()
         for _ in range(3):
@@ -158,7 +159,7 @@ def test_owners_do_not_reach_the_runs_own_batches(
 ) -> None:
     assert client.post(path, content=b"", headers=signed(credentials)).status_code == 404
     own = f"https://127.0.0.1:{read_addresses(real.home).runtime_port}"
-    trusted = ssl.create_default_context(cafile=real.home / "identity" / "ca.crt")
+    trusted = ssl.create_default_context(cafile=real.home / "flower" / ROOT)
     with httpx.Client(verify=trusted, base_url=own, timeout=30, trust_env=False) as local:
         assert local.post(path, content=b"", headers=PROTOBUF).status_code in (401, 403)
         wrong = PROTOBUF | {"flwr-task-token": "guessed"}
