@@ -26,7 +26,7 @@ from client.flower import FleetConnection, fleet_connection, tls_context
 from client.owner import IDENTITY, Owner, open_owner
 from crypto.locks import alone_in
 from protocol.batches import LONGEST_RECONNECT_S
-from protocol.environment import importing
+from protocol.environment import heeded, importing
 from protocol.errors import CertificateRefused, EnvironmentUnfit, ServerUnavailable
 
 _LOG = logging.getLogger("fedseal.client")
@@ -49,7 +49,7 @@ class Link:
 
 
 def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool = True) -> None:
-    """Serve a coordinator until SIGINT or SIGTERM.
+    """Serve a coordinator until SIGINT, SIGTERM or SIGHUP.
 
     Args:
         home: The owner's home folder.
@@ -165,5 +165,5 @@ def _stop_on_signals(stop: threading.Event) -> None:
     def handle(_number: int, _frame: FrameType | None) -> None:
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, handle)
