@@ -115,7 +115,7 @@ def coded(error: Exception) -> FedsealError:
     if isinstance(error, OSError):
         known = from_os(error)
     elif isinstance(error, sqlite3.Error):
-        known = from_sqlite(error, "a database", Path.cwd(), FileDamaged)
+        known = from_sqlite(error, "a database", Path.cwd() / "database", FileDamaged)
     elif isinstance(error, UnicodeError):
         return Unexpected(f"{type(error).__name__}: a text is in another encoding than UTF-8")
     return known or Unexpected(type(error).__name__)

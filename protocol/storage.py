@@ -69,16 +69,16 @@ def from_os(error: OSError, what: str = "") -> FedsealError | None:
     return kind(f"{named}: {os.strerror(error.errno or 0)}" if named else os.strerror(error.errno or 0))
 
 
-def from_sqlite(error: sqlite3.Error, what: str, folder: Path, damaged: Damage) -> FedsealError | None:
+def from_sqlite(error: sqlite3.Error, what: str, file: Path, damaged: Damage) -> FedsealError | None:
     """Return the coded error for what SQLite met; None for a wrong use of its interface.
 
-    SQLite keeps the system's reason to itself where a file cannot be opened or extended. What the folder
-    answers to a trial write is that reason, unless the cause has just gone.
+    SQLite keeps the system's reason to itself where a file cannot be opened or extended. The file's access
+    bits, or what its folder answers to a trial write, are that reason, unless the cause has just gone.
 
     Args:
         error: As it was raised.
         what: Names the database for a person.
-        folder: Where it lies.
+        file: Where it lies.
         damaged: Makes the error where the content is wrong.
     """
     if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
@@ -96,7 +96,7 @@ def from_sqlite(error: sqlite3.Error, what: str, folder: Path, damaged: Damage) 
         return AccessDenied(detail)
     if primary in _SQLITE_FAILED and code != sqlite3.SQLITE_IOERR_SHORT_READ:
         otherwise = DiskFailed if primary == sqlite3.SQLITE_IOERR else FileUnusable
-        return _trial(folder, what) or otherwise(detail)
+        return _closed(file, what) or _trial(file.parent, what) or otherwise(detail)
     return damaged(detail)
 
 
@@ -143,7 +143,7 @@ class Database(sqlite3.Connection):
     """A connection that raises coded errors and no others; make one with `connect`."""
 
     what: str
-    folder: Path
+    file: Path
     damaged: Damage
 
     @contextmanager
@@ -152,7 +152,7 @@ class Database(sqlite3.Connection):
         try:
             yield
         except sqlite3.Error as error:
-            coded = from_sqlite(error, self.what, self.folder, self.damaged)
+            coded = from_sqlite(error, self.what, self.file, self.damaged)
             if coded is None:
                 raise
             raise coded from error
@@ -227,11 +227,11 @@ def connect(path: Path, what: str, damaged: Damage | None = None) -> Database:
             factory=Database,
         )
     except sqlite3.Error as error:
-        coded = from_sqlite(error, what, path.parent, how)
+        coded = from_sqlite(error, what, path, how)
         if coded is None:
             raise
         raise coded from error
-    connection.what, connection.folder, connection.damaged = what, path.parent, how
+    connection.what, connection.file, connection.damaged = what, path, how
     return connection
 
 
@@ -243,6 +243,16 @@ def write_problem(folder: Path, what: str) -> FedsealError:
         what: Names the file for a person.
     """
     return _trial(folder, what) or DiskFailed(f"{what}: it could not be written")
+
+
+def _closed(file: Path, what: str) -> FedsealError | None:
+    """Return that this user may not use a file, by its access bits alone.
+
+    To open and close it here would drop the locks that this process has on it.
+    """
+    if not os.path.exists(file) or os.access(file, os.R_OK | os.W_OK, effective_ids=True):
+        return None
+    return AccessDenied(f"{what}: {os.strerror(errno.EACCES)}")
 
 
 def _trial(folder: Path, what: str) -> FedsealError | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +27,7 @@ from client.owner import Owner, open_owner
 from crypto.auditlog import FOLDER, AuditLog, KeptLog
 from crypto.identity import load_server
 from crypto.trust import load_trust
-from protocol.errors import LedgerCorrupt, LedgerRollback, Unexpected
+from protocol.errors import AccessDenied, FileDamaged, LedgerCorrupt, LedgerRollback, Unexpected
 from scenarios.federation import Federation, make_federation
 from scenarios.grid import LocalGrid
 from server.addresses import Addresses, write_addresses
@@ -38,6 +40,7 @@ from server.submit import prepare_run
 from tasks.partition import digits, write_examples
 
 FLIPS: Final = 5
+NOBODY: Final = 65534
 VERDICTS: Final = {"audit": (0, 1, 2), "doctor": (0, 10)}
 """Exit statuses that say what a command found, and do not mean that it failed."""
 
@@ -270,6 +273,44 @@ def test_a_damaged_file_is_refused_with_a_code_and_nothing_is_changed(
             if outcome.status not in (0, *VERDICTS.get(arguments[0], ())):
                 assert state(mine.folder, kept) == before, where
     assert refusals > 0
+
+
+@pytest.fixture
+def nobodys(world: World) -> Iterator[World]:
+    """A copy of everything for a user without rights, whom this process becomes."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may become another user; to others the rights apply anyway")
+    with tempfile.TemporaryDirectory() as folder:
+        mine = World(Path(folder) / "federation", world.run, world.failed)
+        shutil.copytree(world.folder, mine.folder)
+        for one in (Path(folder), mine.folder, *mine.folder.rglob("*")):
+            os.chown(one, NOBODY, NOBODY)
+        os.setegid(NOBODY)
+        os.seteuid(NOBODY)
+        try:
+            yield mine
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(nobodys: World, cli: Cli) -> None:
+    """It is access denied, or what the file is for is refused; no ledger is said to need a backup."""
+    denied = set()
+    for kind, verbs in KINDS.items():
+        file = example(nobodys, kind)
+        mode = file.stat().st_mode & 0o777
+        file.chmod(0)
+        for verb in verbs:
+            arguments = nobodys.arguments(verb)
+            outcome, where = cli(*arguments), f"{kind}: {' '.join(arguments[:2])}"
+            require_coded(outcome, arguments[0], where)
+            assert outcome.code not in (LedgerCorrupt.code, LedgerRollback.code, FileDamaged.code), where
+            if outcome.code == AccessDenied.code:
+                denied.add(kind)
+        file.chmod(mode)
+    assert {"owners/owner-1/ledger/ledger.db", "owners/owner-1/policy.toml", "plan.toml"} <= denied
+    assert len(denied) > len(KINDS) // 2
 
 
 def test_a_damaged_ledger_alone_is_told_to_take_a_backup(world: World, cli: Cli, tmp_path: Path) -> None:
