@@ -6,17 +6,15 @@ Exit status: 0 success, 1 and above as `docs/errors.md` says for each coded erro
 from __future__ import annotations
 
 import logging
-import signal
+import os
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from console.certificates import home_app, pki_app
+from console.ending import DEBUG_VARIABLE, ended, heed_signals, prepare_output
 from console.operations import log_app, operator_link
 from console.options import (
     AsJson,
@@ -28,11 +26,11 @@ from console.options import (
     ask_passphrase,
     console,
     read_plan,
+    require_home,
 )
 from console.privacy import privacy_app
 from console.records import audit_app, data_app, ledger_app, package_app, plan_app, seal_app
 from protocol.environment import importing, prepare_environment
-from protocol.errors import FedsealError
 from scenarios.bench import BenchmarkName
 
 app = typer.Typer(
@@ -58,23 +56,23 @@ for name, group in (
 
 
 def main() -> None:
-    """Run the command line; coded errors become a short explanation and an exit status."""
+    """Run the command line; errors of every kind become a short explanation and an exit status."""
+    prepare_output()
     prepare_environment()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    try:
-        app()
-    except FedsealError as error:
-        Console(stderr=True, highlight=False).print(Text(error.explain(), style="red"))
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; all processes of this command were stopped")
-        sys.exit(130)
+    heed_signals()
+    sys.exit(ended(app))
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Treat being told to end like Ctrl-C, so that whatever was started is stopped too."""
-    raise KeyboardInterrupt
+@app.callback()
+def common(
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show where an error was raised; it may quote data, keep it here."),
+    ] = False,
+) -> None:
+    """Options before the verb."""
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
 
 
 def _log_to_stderr() -> None:
@@ -173,6 +171,7 @@ def server(
         from server.process import run_server
 
     _log_to_stderr()
+    require_home(home, "coordinator", free=True)
     passphrase = ask_passphrase(passphrase_file, "Passphrase of the coordinator's key")
     run_server(
         home,
@@ -200,6 +199,7 @@ def client(
         from client.node import run_node
 
     _log_to_stderr()
+    require_home(home, "owner", free=True)
     passphrase = ask_passphrase(passphrase_file, "Passphrase of the owner's keys")
     run_node(home, passphrase, server, keep_trying=not once, proxy=by)
 
@@ -209,7 +209,8 @@ def run(
     home: Home,
     plan: Annotated[Path | None, typer.Argument(help="The plan.toml to run.")] = None,
     resume: Annotated[
-        str | None, typer.Option(help="Name of a run's folder: go on after its last finished round.")
+        str | None,
+        typer.Option(help="Name of a run, or its beginning: go on after its last round."),
     ] = None,
     public_data: Annotated[
         Path | None, typer.Option(help="Public examples for evaluation and for the package.")
@@ -228,6 +229,7 @@ def run(
     if (plan is None) == (resume is None):
         raise typer.BadParameter("give either a plan.toml or --resume RUN")
     checked = None if plan is None else read_plan(plan)
+    require_home(home, "coordinator")
     passphrase = ask_passphrase(passphrase_file, "Passphrase of the coordinator's key")
     link = operator_link(home, operator, operator_passphrase_file)
     if checked is not None:
@@ -246,19 +248,24 @@ def runs(
     """List the runs of the coordinator of this home."""
     from console.operations import show_runs
 
+    require_home(home, "coordinator")
     show_runs(console, operator_link(home, operator, operator_passphrase_file), as_json=as_json)
 
 
 @app.command()
 def stop(
-    run: Annotated[str, typer.Argument(help="Name of the run's folder, as fedseal runs shows it.")],
+    run: Annotated[str, typer.Argument(help="The run's name as fedseal runs shows it, or its beginning.")],
     home: Home,
     operator: OperatorFolder = None,
     operator_passphrase_file: OperatorPassphraseFile = None,
 ) -> None:
     """Stop a run; every finished round is kept."""
-    state = operator_link(home, operator, operator_passphrase_file).stop(run)
-    console.print(f"{run}: {state}")
+    from server.runs import run_named
+
+    require_home(home, "coordinator")
+    link = operator_link(home, operator, operator_passphrase_file)
+    name = run_named(home, run)
+    console.print(f"{name}: {link.stop(name)}", soft_wrap=True)
 
 
 @app.command()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -36,6 +35,7 @@ from audit.facts import flatten, unflatten
 from audit.pages import render
 from crypto.certificates import fingerprint
 from crypto.signing import sign_bytes, verify_bytes
+from crypto.vault import write_public
 from protocol.encoding import encode
 from protocol.errors import EncodingInvalid, PlanInvalid, ReportInvalid, SignatureInvalid
 from protocol.messages import Signed
@@ -166,9 +166,7 @@ def write_page(report: dict[str, Any], page: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.new")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    write_public(path, text.encode())
 
 
 def verify_report(path: Path, public_key: Ed25519PublicKey | None = None) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from protocol.messages import (
     SealRequest,
 )
 from protocol.records import from_record, to_record
+from protocol.storage import from_os
 
 _LOG = logging.getLogger("fedseal.client")
 _PLACES = 6
@@ -98,7 +99,8 @@ def _reply(answer: Answerer, owner: Owner, message: Message) -> Message:
         code = error.code
     except Exception as error:  # its text may quote a record: it is for nobody, this node's log included
         _LOG.error("%s failed: %s at %s", kind, type(error).__name__, _places(error))
-        code = FedsealError.code
+        coded = from_os(error) if isinstance(error, OSError) else None
+        code = FedsealError.code if coded is None else coded.code
     else:
         _LOG.info("%s answered in %.3f s", kind, time.monotonic() - started)
         return Message(to_record(answered.body, answered.blob), reply_to=message)

@@ -38,7 +38,7 @@ from client.entries import (
     opening,
     to_bytes,
 )
-from client.ledger_files import HeadCopy, connect, sqlite_translated
+from client.ledger_files import LEDGER_FILE, HeadCopy, connect
 from client.policy import Policy
 from client.spending import Spending, Spent, Totals, planned_cost
 from crypto.locks import exclusive
@@ -46,6 +46,7 @@ from protocol.encoding import decode
 from protocol.errors import EncodingInvalid, LedgerConflict, LedgerCorrupt, LedgerRollback
 from protocol.messages import LedgerHead, Purpose
 from protocol.plan import Plan
+from protocol.storage import translated
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._copied = -1
         self._forget()
-        with sqlite_translated():
-            self._connection = connect(path)
+        self._connection = connect(path)
 
     @classmethod
     def open(
@@ -115,13 +115,17 @@ class Ledger:
             LedgerRollback: The ledger is behind its copy or differs from it, or one of them is missing.
             LedgerConflict: The ledger belongs to another dataset name, the copy's place is wrong, or
                 nothing is missing that could be adopted.
+            DiskFull, AccessDenied, DiskFailed, StorageBusy, FileUnusable, ResourcesShort: A file cannot be
+                used; nothing is wrong with what it holds.
         """
         if path.resolve().parent in head_copy.resolve().parents:
             raise LedgerConflict("the head copy must lie outside the ledger's folder")
-        for folder in (path.parent, head_copy.parent):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if head_copy.exists() and not path.exists() and adoption is None:
-            raise LedgerRollback("the ledger is missing and its head copy is not")
+        with translated(LEDGER_FILE):
+            for folder in (path.parent, head_copy.parent):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lost = head_copy.exists() and not (path.exists() and path.stat().st_size)
+        if lost and adoption is None:
+            raise LedgerRollback("the ledger is missing or empty, and its head copy is not")
         ledger = cls(path, policy, head_copy)
         try:
             with ledger._transaction():
@@ -239,7 +243,7 @@ class Ledger:
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        with self._lock, sqlite_translated():
+        with self._lock:
             self._catch_up()
             yield
 
@@ -247,7 +251,7 @@ class Ledger:
     def _transaction(self) -> Iterator[None]:
         # The file lock also keeps the head copies of two processes in the order of their records.
         with self._lock, exclusive(self._path.with_name(self._path.name + ".lock")):
-            with sqlite_translated(), self._immediate():
+            with self._immediate():
                 self._catch_up()
                 yield
             if self._sequence != self._copied:

@@ -7,18 +7,16 @@ after a crash it may be behind the ledger and is never ahead of it.
 from __future__ import annotations
 
 import os
-import sqlite3
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
+from protocol import storage
 from protocol.errors import EncodingInvalid, LedgerConflict, LedgerCorrupt, LedgerRollback
 from protocol.messages import LedgerHead, Message
 from protocol.sections import Name
 
-BUSY_TIMEOUT_S = 30.0
-"""Longest wait for another process that holds the database."""
+LEDGER_FILE, COPY_FILE = "the privacy ledger", "the copy of the ledger's head"
 
 _SCHEMA = """CREATE TABLE IF NOT EXISTS record (
     sequence INTEGER PRIMARY KEY,
@@ -28,12 +26,15 @@ _SCHEMA = """CREATE TABLE IF NOT EXISTS record (
 ) STRICT"""
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open or make the database of a ledger; what it commits outlasts a loss of power."""
-    create_private(path)
-    connection = sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-    )
+def connect(path: Path) -> storage.Database:
+    """Open or make the database of a ledger; what it commits outlasts a loss of power.
+
+    Raises:
+        LedgerCorrupt: Its content is wrong.
+        DiskFull, AccessDenied, DiskFailed, StorageBusy, FileUnusable, ResourcesShort: It cannot be opened.
+    """
+    create_private(path, LEDGER_FILE)
+    connection = storage.connect(path, LEDGER_FILE, LedgerCorrupt)
     try:
         for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {setting}").fetchall()
@@ -44,38 +45,24 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def create_private(path: Path) -> None:
+def create_private(path: Path, what: str) -> None:
     """Make an empty database file of mode 0600, durably, unless there is one.
 
     SQLite would make it readable for others; its side files inherit the mode. The file is linked to its
     name after it was closed: closing a file drops all locks that this process has on it, those of another
     connection too, and then another process takes away the log under that connection.
     """
-    if path.exists():
-        return
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-    os.close(descriptor)
-    try:
-        with suppress(FileExistsError):
-            os.link(temporary, path)
-    finally:
-        os.unlink(temporary)
-    sync_folder(path.parent)
-
-
-@contextmanager
-def sqlite_translated() -> Iterator[None]:
-    """Raise LedgerConflict for a database that stays locked, LedgerCorrupt for what else SQLite meets."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        name = getattr(error, "sqlite_errorname", None) or "an error"
-        if name.startswith("SQLITE_BUSY"):
-            raise LedgerConflict("another process holds the ledger") from None
-        raise LedgerCorrupt(f"SQLite reports {name}") from None
-    except UnicodeDecodeError:
-        # the text of an error, too, may quote damaged bytes
-        raise LedgerCorrupt("a text in the database is not UTF-8") from None
+    with storage.translated(what):
+        if path.exists():
+            return
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+        os.close(descriptor)
+        try:
+            with suppress(FileExistsError):
+                os.link(temporary, path)
+        finally:
+            os.unlink(temporary)
+        sync_folder(path.parent)
 
 
 class Copied(Message):
@@ -101,14 +88,18 @@ class HeadCopy:
         """Return the head, or None if there is no file.
 
         Raises:
-            LedgerRollback: The file cannot be read.
+            LedgerRollback: It holds no head, or is no file.
             LedgerConflict: It belongs to another dataset.
+            AccessDenied, DiskFailed, ResourcesShort: It cannot be read.
         """
+        with storage.translated(COPY_FILE, LedgerRollback):
+            try:
+                data = self._path.read_bytes()
+            except FileNotFoundError:
+                return None
         try:
-            copied = Copied.from_bytes(self._path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, EncodingInvalid):
+            copied = Copied.from_bytes(data)
+        except EncodingInvalid:
             raise LedgerRollback("the head copy cannot be read") from None
         if copied.dataset != self._dataset:
             raise LedgerConflict("the head copy belongs to another dataset name")
@@ -118,12 +109,11 @@ class HeadCopy:
         """Replace the head; when this returns, it outlasts a loss of power.
 
         Raises:
-            LedgerConflict: The file cannot be written.
+            DiskFull, AccessDenied, DiskFailed, FileUnusable, ResourcesShort: It cannot be written; an older
+                head is then unchanged.
         """
-        try:
+        with storage.translated(COPY_FILE):
             self._replace(Copied(dataset=self._dataset, ledger=head).to_bytes())
-        except OSError:
-            raise LedgerConflict("the head copy cannot be written") from None
 
     def _replace(self, data: bytes) -> None:
         temporary = self._path.with_name(self._path.name + ".tmp")

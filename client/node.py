@@ -31,7 +31,7 @@ from client.reach import Reach
 from crypto.certificates import check_own
 from crypto.locks import alone_in
 from protocol.batches import LONGEST_RECONNECT_S
-from protocol.environment import importing
+from protocol.environment import heeded, importing
 from protocol.errors import (
     CertificateRefused,
     EnvironmentUnfit,
@@ -76,7 +76,7 @@ class Link:
 def run_node(
     home: Path, passphrase: bytes, address: str, *, keep_trying: bool = True, proxy: Proxy | None = None
 ) -> None:
-    """Serve a coordinator until SIGINT or SIGTERM.
+    """Serve a coordinator until SIGINT, SIGTERM or SIGHUP.
 
     Args:
         home: The owner's home folder.
@@ -217,5 +217,5 @@ def _stop_on_signals(stop: threading.Event) -> None:
     def handle(_number: int, _frame: FrameType | None) -> None:
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, handle)

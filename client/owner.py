@@ -21,15 +21,16 @@ from numpy.typing import NDArray
 from client.holdout import Holdout
 from client.ledger import Adoption, Ledger
 from client.policy import Policy
-from client.store import StateStore
+from client.store import STATE_FILE, StateStore
 from crypto.certificates import OwnerCredentials, common_name, fingerprint
 from crypto.identity import load_owner
 from crypto.sealing import RunningSum
 from crypto.trust import Trust, load_trust
 from crypto.vault import StorageBox, storage_key
-from protocol.errors import PolicyInvalid
+from protocol.errors import FileDamaged, PolicyInvalid
 from protocol.messages import Purpose
 from protocol.plan import Plan
+from protocol.storage import read_written, translated
 from tasks.registry import Task, task_for
 
 if TYPE_CHECKING:
@@ -207,11 +208,9 @@ def read_policy(home: Path) -> Policy:
 
     Raises:
         PolicyInvalid: The file is missing or wrong.
+        AccessDenied, DiskFailed, ResourcesShort: It cannot be read.
     """
-    try:
-        return Policy.from_toml((home / POLICY).read_text(encoding="utf-8"))
-    except OSError:
-        raise PolicyInvalid("policy.toml cannot be read in this home folder") from None
+    return Policy.from_toml(read_written(home / POLICY, PolicyInvalid))
 
 
 def open_ledger(home: Path, policy: Policy, adoption: Adoption | None = None) -> Ledger:
@@ -221,5 +220,12 @@ def open_ledger(home: Path, policy: Policy, adoption: Adoption | None = None) ->
 
 
 def open_store(home: Path, passphrase: bytes) -> StateStore:
-    """Open the protocol state of a home, which the passphrase unseals."""
+    """Open the protocol state of a home, which the passphrase unseals.
+
+    Raises:
+        FileDamaged: The state has no salt any more; a new one would not open it.
+    """
+    with translated(STATE_FILE):
+        if (home / STATE).exists() and (home / STATE).stat().st_size and not (home / SALT).exists():
+            raise FileDamaged(f"{SALT} is missing, without which state.db does not open")
     return StateStore(home / STATE, StorageBox(storage_key(home / SALT, passphrase)))

@@ -28,8 +28,8 @@ from protocol.errors import (
     CoordinatorForeign,
     CoordinatorMisnamed,
     FedsealError,
+    HostUnknown,
     ListStale,
-    NameUnknown,
     NoAnswer,
     NotACoordinator,
     NotAMember,
@@ -72,7 +72,7 @@ class Reach:
         """Yield a TLS connection whose server is the federation's coordinator.
 
         Raises:
-            NameUnknown, PortRefused, NoAnswer, ProxyFailed: There is no way to it.
+            HostUnknown, PortRefused, NoAnswer, ProxyFailed: There is no way to it.
             NotACoordinator, CoordinatorForeign, CoordinatorMisnamed, CoordinatorExpired: It is another.
             CertificateRefused: The revocation list is missing or stale.
             ServerUnavailable: It ended the connection.
@@ -121,7 +121,7 @@ class Reach:
         try:
             return socket.create_connection((address.host, address.port), _TIMEOUT_S)
         except (socket.gaierror, UnicodeError):
-            raise NameUnknown(str(address)) from None
+            raise HostUnknown(str(address)) from None
         except ConnectionRefusedError:
             raise PortRefused(str(address)) from None
         except TimeoutError:

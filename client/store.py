@@ -6,7 +6,6 @@ Everything that a repeated request or a restart needs is written before an answe
 from __future__ import annotations
 
 import secrets
-import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,10 @@ from client.ledger_files import create_private
 from client.state import Answer, RunState
 from crypto.vault import StorageBox
 from protocol.encoding import decode, digest_bytes, encode
-from protocol.errors import SecretUnavailable, SessionMismatch
+from protocol.errors import FileDamaged, SecretUnavailable, SessionMismatch
 from protocol.messages import JoinReply, LedgerHead, Signed
 from protocol.optimizers import GlobalModel
+from protocol.storage import connect
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS heads (owner TEXT PRIMARY KEY, message BLOB NOT NULL)
 CREATE TABLE IF NOT EXISTS holdout (dataset TEXT PRIMARY KEY, key BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS shown (head TEXT PRIMARY KEY, message BLOB NOT NULL);
 """
+STATE_FILE = "this owner's protocol state (state.db)"
 _STATE_LIMIT_BYTES = 64 * 1024 * 1024
 _MODEL_PART = 4 * 1024 * 1024
 """Values of a model in one row: SQLite takes no row of a gigabyte, and sealing holds a row in memory."""
@@ -59,10 +60,13 @@ class StateStore:
     Args:
         path: Database file; created with mode 0600.
         box: Seals each state row; the owner's storage key never touches the disk.
+
+    Every method raises `FileDamaged` where the file does not hold what was written, and the other errors
+    of `protocol.storage` where the disk or another process is in the way; what was stored is intact then.
     """
 
     def __init__(self, path: Path, box: StorageBox) -> None:
-        create_private(path)
+        create_private(path, STATE_FILE)
         self._box = box
         # the newest state of the run at hand, by its sealed bytes: opening and parsing it takes long
         self._newest: tuple[bytes, RunState] | None = None
@@ -70,7 +74,7 @@ class StateStore:
         # sequence of the head that is kept of each owner, as far as it was looked up
         self._sequences: dict[str, int] = {}
         self._version = 0
-        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        self._database = connect(path, STATE_FILE)
         # rows are models and frames of megabytes, which take half the time in larger pages
         self._database.execute("PRAGMA page_size=16384")
         self._database.execute("PRAGMA journal_mode=WAL")
@@ -116,14 +120,14 @@ class StateStore:
         (sealed,) = self._database.execute(
             "SELECT content FROM models WHERE run = ? AND vector = 0 AND part = ?", (run, last)
         ).fetchone()
-        content = self._box.open(sealed, _model_label(run, 0, last))
+        content = self._unsealed(sealed, _model_label(run, 0, last))
         return int(last) * _MODEL_PART + len(content) // 8
 
     def _vector(self, run: str, vector: int) -> NDArray[np.float64]:
         rows = self._database.execute(
             "SELECT part, content FROM models WHERE run = ? AND vector = ? ORDER BY part", (run, vector)
         )
-        parts = [self._box.open(sealed, _model_label(run, vector, part)) for part, sealed in rows]
+        parts = [self._unsealed(sealed, _model_label(run, vector, part)) for part, sealed in rows]
         return np.concatenate([np.zeros(0), *(np.frombuffer(part, dtype="<f8") for part in parts)])
 
     def _write_model(self, run: str, model: GlobalModel) -> None:
@@ -212,7 +216,7 @@ class StateStore:
             (sealed,) = self._database.execute(
                 "SELECT key FROM holdout WHERE dataset = ?", (dataset,)
             ).fetchone()
-        return self._box.open(sealed, context)
+        return self._unsealed(sealed, context)
 
     def heads(self, owners: Iterable[str]) -> dict[str, Signed]:
         """Return the message with the highest ledger head that was kept of each owner."""
@@ -254,9 +258,9 @@ class StateStore:
 
     def _read_members(self, run: str, digest: str) -> Any:
         row = self._database.execute("SELECT content FROM members WHERE run = ?", (run,)).fetchone()
-        content = self._box.open(b"" if row is None else row[0], b"members/" + run.encode())
+        content = self._unsealed(b"" if row is None else row[0], b"members/" + run.encode())
         if digest_bytes(content) != digest:
-            raise SecretUnavailable("the stored members are not those of the stored state")
+            raise FileDamaged(f"{STATE_FILE}: the stored members are not those of the stored state")
         return decode(content, _STATE_LIMIT_BYTES)
 
     def _keep_highest(self, messages: Sequence[Signed]) -> None:
@@ -275,13 +279,21 @@ class StateStore:
             self._sequences[owner] = -1 if known is None else LedgerHead.of(known).sequence
         return self._sequences[owner]
 
+    def _unsealed(self, sealed: object, label: bytes) -> bytes:
+        try:
+            if isinstance(sealed, bytes):
+                return self._box.open(sealed, label)
+        except SecretUnavailable:
+            pass
+        raise FileDamaged(f"{STATE_FILE}, or identity/storage.salt: a value does not open")
+
     def _open_message(self, sealed: bytes, label: str) -> Signed:
-        return Signed.from_bytes(self._box.open(sealed, label.encode()))
+        return Signed.from_bytes(self._unsealed(sealed, label.encode()))
 
     def _open_state(self, run: str, sealed: bytes) -> RunState:
         if self._newest is not None and (self._newest[0], self._newest[1].run) == (sealed, run):
             return self._newest[1]
-        plain = self._box.open(sealed, b"state/" + run.encode())
+        plain = self._unsealed(sealed, b"state/" + run.encode())
         fields = decode(plain, _STATE_LIMIT_BYTES)
         digest = fields["members"]
         if isinstance(digest, str):  # earlier versions kept the members in the state itself

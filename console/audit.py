@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from console.options import ask_passphrase, read_plan
+from console.options import ask_passphrase, read_plan, require_home
 from protocol.errors import AuditUnfounded, FindingsRefused
 from protocol.plan import Plan
 
@@ -69,6 +69,8 @@ def _audit_plan(console: Console, options: AuditOptions) -> int:
         raise FindingsRefused("the owners of a plan are not on record yet; audit its run with them")
     plan = resolve(read_plan(options.subject))
     public = _public(plan, options.public)
+    if options.home is not None:
+        require_home(options.home, "coordinator")
     key = None if options.home is None else _key(options.home, options)
     evidence, lab = audit_plan(plan, public, options.depth, _shown(console))
     return _conclude(console, options.out, build_report(evidence, datetime.now(UTC), key, lab=lab))
@@ -112,6 +114,7 @@ def _opened(options: AuditOptions) -> tuple[Path, RunStore]:
         raise AuditUnfounded(
             "it is neither a plan file nor the folder of a run; name a run with its --home"
         )
+    require_home(home, "coordinator")
     return home, open_run(home, str(subject))
 
 
@@ -169,6 +172,7 @@ def audit_owner(
 
     if not os.access(out.absolute().parent, os.W_OK):
         raise FindingsRefused("--out must name a file in a folder that can be written to")
+    require_home(home, "owner")
     owner = open_owner(home, ask_passphrase(passphrase_file, "Passphrase of this owner"))
     try:
         if isinstance(subject, Plan):

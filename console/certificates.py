@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from console.options import AsJson, Days, Home, PassphraseFile, Pki, ask_passphrase, console
+from console.options import (
+    AsJson,
+    Days,
+    Home,
+    PassphraseFile,
+    Pki,
+    ask_new_passphrase,
+    ask_passphrase,
+    console,
+)
 
 pki_app = typer.Typer(help="Certificates of the federation.", no_args_is_help=True)
 home_app = typer.Typer(help="Home folders of coordinator and owners.", no_args_is_help=True)
@@ -36,7 +45,7 @@ def pki_init(
     """Make a certificate authority. Keep it away from the coordinator's machine."""
     from crypto.pki import init_pki
 
-    init_pki(pki, name, ask_passphrase(passphrase_file, "New passphrase of the authority"), days)
+    init_pki(pki, name, ask_new_passphrase(passphrase_file, "New passphrase of the authority"), days)
     console.print("authority made; its key is sealed under the passphrase")
 
 
@@ -56,7 +65,7 @@ def pki_request(
     """Make this party's keys, here and nowhere else, and the request that the authority signs."""
     from console.pki import show_request
 
-    passphrase = ask_passphrase(passphrase_file, "New passphrase of this party's keys")
+    passphrase = ask_new_passphrase(passphrase_file, "New passphrase of this party's keys")
     show_request(console, party.value, identity, name, hosts or [], passphrase)
 
 

@@ -145,9 +145,9 @@ def _check_members(folder: Path, trust: Trust, now: datetime) -> Finding:
 
 
 def _check_owner(home: Path) -> list[Finding]:
-    from client.policy import Policy
+    from client.owner import read_policy
 
-    policy = Policy.from_toml((home / _POLICY).read_text(encoding="utf-8"))
+    policy = read_policy(home)
     return [
         Finding("policy", "ok", f"dataset {policy.dataset}"),
         *guarded("ledger", _check_ledger, home, policy),

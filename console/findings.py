@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal, ParamSpec
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from protocol.errors import FedsealError
@@ -68,20 +67,19 @@ def show_findings(console: Console, findings: Sequence[Finding], *, as_json: boo
         text = json.dumps([asdict(finding) for finding in findings], indent=2, sort_keys=True)
         console.out(text, highlight=False)
     else:
-        console.print(_table(findings, ascii_only=console.options.ascii_only))
+        _print_lines(console, findings)
     return all(finding.status != "fail" for finding in findings)
 
 
-def _table(findings: Sequence[Finding], *, ascii_only: bool) -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 1))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+def _print_lines(console: Console, findings: Sequence[Finding]) -> None:
+    """Print a line per finding, unbroken, because commands and paths in it are there to be copied."""
+    width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
         mark, plain_mark, colour = _MARKS[finding.status]
         # Text, because a path with brackets would be taken for markup.
-        sign = Text(plain_mark if ascii_only else mark, style=colour)
-        table.add_row(sign, Text(finding.name), Text(finding.detail))
+        sign = plain_mark if console.options.ascii_only else mark
+        line = Text.assemble(" ", sign.ljust(2), " ", finding.name.ljust(width), "  ", finding.detail)
+        line.stylize(colour, 1, 3)
+        console.print(line, soft_wrap=True)
         if finding.remedy and finding.status != "ok":
-            table.add_row("", "", Text(f"do: {finding.remedy}", style="bold"))
-    return table
+            console.print(Text(f"{' ' * (width + 6)}do: {finding.remedy}", style="bold"), soft_wrap=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from console.options import ask_passphrase
+from console.options import ask_passphrase, require_home
 from console.show import dump_json
 
 
@@ -20,6 +20,7 @@ def verify_ledger(console: Console, home: Path, passphrase_file: Path | None, *,
     from client.owner import LEDGER, open_ledger, open_owner, read_policy
     from protocol.errors import LedgerRollback
 
+    require_home(home, "owner")
     policy = read_policy(home)
     if not (home / LEDGER / "ledger.db").exists():
         raise LedgerRollback("there is no ledger in this home folder")
@@ -60,6 +61,7 @@ def adopt_ledger(
     """
     from client.heads import adopt
 
+    require_home(home, "owner", free=True)
     totals = adopt(home, ask_passphrase(passphrase_file, "Passphrase of this owner"), epsilon, delta)
     console.print(
         f"adopted, every run is closed; the dataset has cost {totals.epsilon:.4f} epsilon and "

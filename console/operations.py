@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from console.options import AsJson, ask_passphrase, console
 from console.show import dump_json
-from protocol.errors import EncodingInvalid
+from console.tables import show_table
+from protocol.errors import EncodingInvalid, HomeMissing, HomeOfAnother
+from protocol.storage import translated
 
 if TYPE_CHECKING:
-    from crypto.auditlog import Head
+    from crypto.auditlog import AuditLog, Head
     from server.listeners.control import ControlLink
 
 log_app = typer.Typer(help="The log of administrative and protocol acts.", no_args_is_help=True)
@@ -48,20 +49,23 @@ def show_runs(console: Console, link: ControlLink, *, as_json: bool) -> None:
     if as_json:
         dump_json(runs)
         return
-    table = Table("run", "state", "rounds", "submitted", "operator")
-    for run in runs:
-        rounds = f"{run['finished_rounds']}/{run['rounds']}"
-        cells = (run["run"], run["state"], rounds, run["submitted_at"], (run["operator"] or "")[:16])
-        table.add_row(*(Text(str(cell)) for cell in cells))
-    console.print(table)
+    rows = [
+        (
+            str(run["run"]),
+            str(run["state"]),
+            "" if run["rounds"] is None else f"{run['finished_rounds']}/{run['rounds']}",
+            str(run["submitted_at"] or ""),
+            str(run["operator"] or "")[:16],
+        )
+        for run in runs
+    ]
+    show_table(console, ("run", "state", "rounds", "submitted", "operator"), rows)
 
 
 @log_app.command("show")
 def log_show(home: LogHome, as_json: AsJson = False) -> None:
     """Print every act: who did what, when, with which hashes."""
-    from crypto.auditlog import FOLDER, AuditLog
-
-    acts = AuditLog(home / FOLDER).acts()
+    acts = _log_of(home).acts()
     if as_json:
         dump_json([act.model_dump(mode="json") for act in acts])
         return
@@ -78,16 +82,28 @@ def log_verify(
     ] = None,
 ) -> None:
     """Check every hash and the signed head; exit 3 if a line was changed, removed or cut off."""
-    from crypto.auditlog import FOLDER, AuditLog
     from crypto.trust import CA_CERTIFICATE, read_certificate
     from server.home import IDENTITY
 
+    log = _log_of(home)
     folder = home if (home / CA_CERTIFICATE).exists() else home / IDENTITY
     authority = read_certificate(folder / CA_CERTIFICATE, "authority")
-    acts = AuditLog(home / FOLDER).verify(authority, None if head is None else _parsed(head))
+    acts = log.verify(authority, None if head is None else _parsed(head))
     console.print(f"verified: {len(acts)} acts form one chain, up to the signed head at least")
     if acts:
         console.print(f"keep this head elsewhere: {acts[-1].sequence}:{acts[-1].hash}", soft_wrap=True)
+
+
+def _log_of(home: Path) -> AuditLog:
+    """Return the log of a home, which must be there: to look at a log makes none."""
+    from crypto.auditlog import FOLDER, AuditLog
+
+    with translated(str(home)):
+        if not home.is_dir():
+            raise HomeMissing(str(home))
+        if not (home / FOLDER).is_dir():
+            raise HomeOfAnother(f"{home} has no log of acts, as coordinator and authority have")
+    return AuditLog(home / FOLDER)
 
 
 def _parsed(head: str) -> Head:

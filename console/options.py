@@ -6,15 +6,16 @@ import getpass
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from protocol.errors import PlanInvalid
+from console.ending import Output
+from protocol.errors import HomeMissing, HomeOfAnother, PlanInvalid, SecretUnavailable
 from protocol.plan import Plan
+from protocol.storage import read_written, translated
 
-console = Console(highlight=False)
+console = Output(highlight=False)
 
 Home = Annotated[Path, typer.Option("--home", help="Home folder of this party.", file_okay=False)]
 PassphraseFile = Annotated[
@@ -49,14 +50,63 @@ def ask_passphrase(file: Path | None, question: str) -> bytes:
     """Return a passphrase from its file, the environment, or a prompt on a terminal."""
     from crypto.vault import read_passphrase
 
-    prompt = (lambda: getpass.getpass(f"{question}: ")) if sys.stdin.isatty() else None
+    prompt = (lambda: getpass.getpass(f"{question}: ")) if _is_attended() else None
     return read_passphrase(file, os.environ, prompt)
+
+
+def ask_new_passphrase(file: Path | None, question: str) -> bytes:
+    """Return a passphrase for new keys; a person types it twice, because nobody could correct a slip.
+
+    Raises:
+        PassphraseTooShort: It has too few characters.
+        SecretUnavailable: There is none, or the two differ.
+    """
+    from crypto.vault import NEW_PASSPHRASE_CHARACTERS, check_new_passphrase, read_passphrase
+
+    def asked_twice() -> str:
+        first = getpass.getpass(f"{question}, at least {NEW_PASSPHRASE_CHARACTERS} characters: ")
+        check_new_passphrase(first.encode("utf-8", "surrogateescape"))
+        if getpass.getpass("The same once more: ") != first:
+            raise SecretUnavailable("the two passphrases differ; nothing was made")
+        return first
+
+    passphrase = read_passphrase(file, os.environ, asked_twice if _is_attended() else None)
+    check_new_passphrase(passphrase)
+    return passphrase
+
+
+def require_home(home: Path, party: Literal["owner", "coordinator"], *, free: bool = False) -> None:
+    """Refuse a folder that is not a party's home, before anybody types a passphrase for it.
+
+    Args:
+        home: The folder.
+        party: Whose home it must be.
+        free: Refuse a home on which a node or a coordinator runs, too.
+
+    Raises:
+        HomeMissing: There is no such folder.
+        HomeOfAnother: It is not the home of an owner, or it is one where the coordinator's is needed.
+        HomeBusy: A node or a coordinator runs on it.
+    """
+    from crypto.locks import alone_in
+
+    with translated(str(home)):
+        if not home.is_dir():
+            raise HomeMissing(str(home))
+        is_owners = (home / "policy.toml").exists()
+    if party == "owner" and not is_owners:
+        raise HomeOfAnother(f"{home} holds no policy.toml, which the home of an owner has")
+    if party == "coordinator" and is_owners:
+        raise HomeOfAnother(f"{home} is the home of an owner; the command needs the coordinator's")
+    if free:
+        with alone_in(home):
+            return
+
+
+def _is_attended() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def read_plan(file: Path) -> Plan:
     """Read and validate a plan file, or raise PlanInvalid."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise PlanInvalid("the plan file cannot be read") from None
-    return Plan.from_toml(text)
+    return Plan.from_toml(read_written(file, PlanInvalid))

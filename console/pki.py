@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Column, Table
 from rich.text import Text
 
 from console.show import dump_json
+from console.tables import show_table
 from crypto.requests import Party
 from protocol.errors import CertificateRefused, PlanInvalid
 
@@ -118,7 +118,7 @@ def show_pki(console: Console, pki: Path, *, as_json: bool) -> None:
     if as_json:
         dump_json(issued)
         return
-    table = Table("name", "role", Column("fingerprint", no_wrap=True), "days left", "state")
+    rows = []
     for row in issued:
         states = [state for state in ("revoked", "superseded") if row[state]]
         if row["days_left"] < 0:
@@ -127,5 +127,5 @@ def show_pki(console: Console, pki: Path, *, as_json: bool) -> None:
         style = "red" if row["revoked"] or row["days_left"] < 0 else ""
         days, print_ = str(row["days_left"]), row["fingerprint"][:16]
         cells = (row["name"], row["role"], print_, days, state)
-        table.add_row(*(Text(cell, style=style) for cell in cells))
-    console.print(table)
+        rows.append([Text(cell, style=style) for cell in cells])
+    show_table(console, ("name", "role", "fingerprint", "days left", "state"), rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from crypto.presets import broken_byte_promise
@@ -153,11 +152,10 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def summary_table(summary: dict[str, Any]) -> Table:
-    """Return a demo's summary as a table of two columns."""
-    table = Table(show_header=False, box=None, padding=(0, 2))
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a demo's summary as names and values."""
     model, audit = summary["model"], summary["audit"]
-    rows = [
+    return [
         ("accuracy on public data", f"{summary['accuracy']:.4f} after {summary['rounds']} rounds"),
         *((f"privacy loss of {owner['name']}", _loss(owner)) for owner in summary["owners"]),
         (
@@ -175,9 +173,6 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("audit", f"{audit['verdict']}: {audit['report']}"),
         ("time", f"{summary['wall_s']:.1f} s"),
     ]
-    for name, value in rows:
-        table.add_row(Text(name, style="dim"), Text(str(value)))
-    return table
 
 
 def _encryption(he: dict[str, Any]) -> str:
@@ -188,7 +183,7 @@ def _encryption(he: dict[str, Any]) -> str:
     return text + ", frames in SEAL's own form" + (f": {broken}" if broken else "")
 
 
-def _loss(owner: dict[str, Any]) -> Text | str:
+def _loss(owner: dict[str, Any]) -> str:
     if owner["epsilon"] is None:
         return "no guarantee: no noise was added"
     return f"epsilon {owner['epsilon']:.3f} at delta {owner['delta']:g}"

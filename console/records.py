@@ -116,7 +116,8 @@ def audit_owner(
     out: Annotated[Path, typer.Option(help="File for the signed findings, the only thing to hand over.")],
     plan: Annotated[Path | None, typer.Option(help="The plan.toml that they are about.")] = None,
     run: Annotated[
-        str | None, typer.Option(help="Or the run: its identifier as fedseal ledger show prints it.")
+        str | None,
+        typer.Option(help="Or the run: its name, or its digits as fedseal ledger show prints them."),
     ] = None,
     full: FullDepth = False,
     passphrase_file: PassphraseFile = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +40,9 @@ def begin_run(
     warn_if_unprotected(console, plan)
     store = prepare_run(home, plan, public_data)
     console.print(f"run folder: {store.folder}", soft_wrap=True)
-    submit(home, store, link)
-    _see_through(console, home, store, key, out, after=0)
+    with _told_if_interrupted(console, home, store):
+        submit(home, store, link)
+        _see_through(console, home, store, key, out, after=0)
 
 
 def resume_run(
@@ -59,9 +62,28 @@ def resume_run(
     console.print(f"run folder: {store.folder}", soft_wrap=True)
     finished = f"{store.finished_rounds()} of {plan.run.rounds} rounds are finished"
     console.print(Text(f"● {finished}", style="bold"))
-    if not store.is_carried_out() and store.get("state") != "finished":
-        submit(home, store, link)
-    _see_through(console, home, store, key, out, after)
+    with _told_if_interrupted(console, home, store):
+        if not store.is_carried_out() and store.get("state") != "finished":
+            submit(home, store, link)
+        _see_through(console, home, store, key, out, after)
+
+
+@contextmanager
+def _told_if_interrupted(console: Console, home: Path, store: RunStore) -> Iterator[None]:
+    """Say what becomes of a run whose command is interrupted, and how to follow or to stop it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        name = store.folder.name
+        follow = f"fedseal run --resume {name} --home {home}"
+        if store.get("state") in ("finished", "failed", "paused"):
+            console.print(Text("● interrupted; the run has ended", style="bold yellow"))
+            console.print(f"to write its report: {follow}", soft_wrap=True)
+        else:
+            console.print(Text("● interrupted; the run goes on at the coordinator", style="bold yellow"))
+            console.print(f"to follow it: {follow}", soft_wrap=True)
+            console.print(f"to stop it: fedseal stop {name} --home {home}", soft_wrap=True)
+        raise
 
 
 def _see_through(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from console.progress import RunProgress, format_bytes, summary_table
+from console.options import read_plan, require_home
+from console.progress import RunProgress, format_bytes, summary_rows
+from console.tables import show_pairs, show_table
 from protocol.errors import FedsealError, PlanInvalid
 from protocol.plan import Plan
 
 
 def dump_json(value: Any) -> None:
     """Print a JSON value to standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    from console.options import console
+
+    console.out(json.dumps(value, indent=2, sort_keys=True), highlight=False)
 
 
 def show_demo(console: Console, out: Path, plan_file: Path | None, seed: int) -> None:
@@ -33,7 +35,7 @@ def show_demo(console: Console, out: Path, plan_file: Path | None, seed: int) ->
 
     if out.exists() and any(out.iterdir()):
         raise PlanInvalid("--out: the folder is not empty")
-    plan = Plan.from_toml((plan_file or PLANS / "digits.toml").read_text(encoding="utf-8"))
+    plan = read_plan(plan_file or PLANS / "digits.toml")
     warn_if_unprotected(console, plan)
     progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")
     try:
@@ -43,7 +45,7 @@ def show_demo(console: Console, out: Path, plan_file: Path | None, seed: int) ->
         console.print("To go on: remove the folder and start again, or choose another --out.")
         raise
     console.print()
-    console.print(summary_table(summary))
+    show_pairs(console, summary_rows(summary))
 
 
 def show_simulation(console: Console, scenario_file: Path, out: Path | None, repeat: int) -> None:
@@ -169,8 +171,7 @@ def show_plan(console: Console, plan: Plan, *, as_json: bool) -> None:
     upload = packing.frames_for(parameters) * context.frame_bytes
     epsilon, worst = planned_epsilon(resolved), planned_worst_epsilon(resolved)
     unit = resolved.privacy.unit
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    for name, value in (
+    pairs = (
         ("plan hash", resolved.sha256()),
         ("parameters", f"{parameters}"),
         ("unit of privacy", f"{unit}: {UNITS[unit]}"),
@@ -186,9 +187,8 @@ def show_plan(console: Console, plan: Plan, *, as_json: bool) -> None:
         ),
         ("quantization", f"{2 * packing.half_levels + 1} levels in +-{resolved.update_range:.4g}"),
         ("largest cohort", f"{resolved.cohort.maximum}; the sum is exact up to it"),
-    ):
-        table.add_row(Text(name, style="dim"), Text(value))
-    console.print(table)
+    )
+    show_pairs(console, pairs)
 
 
 def _evaluation(plan: Plan) -> str:
@@ -206,6 +206,7 @@ def show_ledger(console: Console, home: Path, *, as_json: bool) -> None:
     """Verify an owner's ledger and print what it says."""
     from client.owner import open_ledger, read_policy
 
+    require_home(home, "owner")
     policy = read_policy(home)
     ledger = open_ledger(home, policy)
     try:
@@ -239,11 +240,11 @@ def _print_ledger(console: Console, ledger: Any, policy: Any, *, as_json: bool) 
         )
         return
     columns = ("run", "unit", "noise", "epsilon", "of it evaluation", "if all others collude", "delta")
-    table = Table(*columns, "sealed", "evaluated", "void", title=f"dataset {policy.dataset}")
+    rows = []
     for run, spent in runs.items():
         unprotected = spent.epsilon is None
         cells = (
-            run[:16],
+            run[:8],
             spent.unit,
             spent.noise,
             "NO PRIVACY" if unprotected else f"{spent.epsilon:.4f}",
@@ -254,8 +255,8 @@ def _print_ledger(console: Console, ledger: Any, policy: Any, *, as_json: bool) 
             str(spent.sealed_evaluations),
             str(spent.void),
         )
-        table.add_row(*(Text(cell, style="bold red" if unprotected else "") for cell in cells))
-    console.print(table)
+        rows.append([Text(cell, style="bold red" if unprotected else "") for cell in cells])
+    show_table(console, (*columns, "sealed", "evaluated", "void"), rows, f"dataset {policy.dataset}")
     remaining = policy.budget.epsilon_total - (totals.epsilon or 0.0)
     console.print(
         f"spent {totals.epsilon or 0.0:.4f} of {policy.budget.epsilon_total:g} epsilon, "

@@ -31,10 +31,12 @@ from crypto.vault import sync_folder, write_public
 from protocol.encoding import Blob, Digest, digest_bytes, encode
 from protocol.errors import EncodingInvalid, LogBroken
 from protocol.messages import Message
+from protocol.storage import translated
 
 FOLDER: Final = "log"
 """Name of the log's folder in a home, and in the folder of an authority."""
 
+LOG_FILE: Final = "the log of acts"
 LOG, HEAD, LOCK = "acts.jsonl", "head.json", "lock"
 START: Final = "0" * 64
 """What the first line has in place of the hash of the line before it."""
@@ -88,7 +90,8 @@ class AuditLog:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with translated(LOG_FILE):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
         self._seen = Head(sequence=0, hash=START)
 
@@ -105,6 +108,8 @@ class AuditLog:
 
         Raises:
             LogBroken: The end of the log is not what this process has seen of it.
+            DiskFull, AccessDenied, DiskFailed, FileUnusable, ResourcesShort: It cannot be written; what was
+                recorded before is intact.
         """
         with exclusive(self._folder / LOCK):
             last = self._last()
@@ -120,7 +125,8 @@ class AuditLog:
             data = line.to_bytes() + b"\n"
             if len(data) > MAX_LINE_BYTES:
                 raise EncodingInvalid("an act has too many facts")
-            self._write(data)
+            with translated(LOG_FILE):
+                self._write(data)
             self._seen = Head(sequence=line.sequence, hash=line.hash)
             return self._seen
 
@@ -167,7 +173,8 @@ class AuditLog:
         signature = key.sign(_HEAD_DOMAIN + head.to_bytes(), ec.ECDSA(hashes.SHA384()))
         der = certificate.public_bytes(Encoding.DER)
         signed = SignedHead(head=head, certificate=der, signature=signature)
-        write_public(self._folder / HEAD, signed.to_bytes())
+        with translated(LOG_FILE):
+            write_public(self._folder / HEAD, signed.to_bytes())
         return head
 
     def verify(self, authority: x509.Certificate, known: Head | None = None) -> list[Act]:
@@ -192,8 +199,10 @@ class AuditLog:
         return acts
 
     def _signed_head(self, authority: x509.Certificate) -> Head:
+        with translated(HEAD, lambda _detail: LogBroken("the signed head is missing")):
+            data = (self._folder / HEAD).read_bytes()
         try:
-            signed = SignedHead.from_bytes((self._folder / HEAD).read_bytes())
+            signed = SignedHead.from_bytes(data)
             certificate = x509.load_der_x509_certificate(signed.certificate)
             if certificate != authority:
                 verify_issued(certificate, authority)
@@ -203,17 +212,16 @@ class AuditLog:
             if not isinstance(key, ec.EllipticCurvePublicKey):
                 raise LogBroken("the head is signed by a key of another type")
             key.verify(signed.signature, _HEAD_DOMAIN + signed.head.to_bytes(), ec.ECDSA(hashes.SHA384()))
-        except OSError:
-            raise LogBroken("the signed head is missing") from None
         except (ValueError, TypeError, EncodingInvalid, InvalidSignature):
             raise LogBroken("the signed head is damaged or forged") from None
         return signed.head
 
     def _lines(self) -> list[bytes]:
-        try:
-            data = (self._folder / LOG).read_bytes()
-        except FileNotFoundError:
-            return []
+        with translated(LOG_FILE, LogBroken):
+            try:
+                data = (self._folder / LOG).read_bytes()
+            except FileNotFoundError:
+                return []
         return data.split(b"\n")[:-1]
 
     def _last(self) -> Head:
@@ -234,12 +242,13 @@ class AuditLog:
         return head
 
     def _last_line(self) -> bytes:
-        try:
-            with (self._folder / LOG).open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 2 * MAX_LINE_BYTES))
-                whole = file.read().split(b"\n")[:-1]
-        except FileNotFoundError:
-            return b""
+        with translated(LOG_FILE, LogBroken):
+            try:
+                with (self._folder / LOG).open("rb") as file:
+                    file.seek(max(0, file.seek(0, os.SEEK_END) - 2 * MAX_LINE_BYTES))
+                    whole = file.read().split(b"\n")[:-1]
+            except FileNotFoundError:
+                return b""
         return whole[-1] if whole else b""
 
     def _write(self, data: bytes) -> None:
@@ -282,6 +291,11 @@ class KeptLog:
         self._key = key
         self._certificate = certificate
         self._signed: Head | None = None
+
+    @property
+    def signed(self) -> Head:
+        """The newest head that was signed since this object was made."""
+        return self._signed or Head(sequence=0, hash=START)
 
     def begin(self, authority: x509.Certificate) -> None:
         """Verify what is there, and sign it.

@@ -47,7 +47,7 @@ from crypto.trust import (
     read_certificate,
     read_revocations,
 )
-from crypto.vault import check_passphrase, open_secret, seal_secret, write_public
+from crypto.vault import check_new_passphrase, open_secret, seal_secret, write_public
 from protocol.errors import CertificateRefused, SecretUnavailable
 
 REQUEST = "request.pem"
@@ -80,9 +80,9 @@ def make_request(
 
     Raises:
         CertificateRefused: The folder holds keys already, or a name is not well-formed.
-        SecretUnavailable: The passphrase is empty or too long.
+        SecretUnavailable, PassphraseTooShort: The passphrase is not good enough for new keys.
     """
-    check_passphrase(passphrase)
+    check_new_passphrase(passphrase)
     keys = {role: _generate(role) for role in ROLES[party]}
     data = build_request(name, party, keys, hosts)
     if not folder.parent.exists():

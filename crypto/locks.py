@@ -9,14 +9,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from protocol.errors import HomeBusy
+from protocol.storage import translated
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold a file's lock in the block, after waiting for who holds it; mode 0600 if it is made."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Hold a file's lock in the block, after waiting for who holds it; mode 0600 if it is made.
+
+    Raises:
+        DiskFull, AccessDenied, DiskFailed, FileUnusable, ResourcesShort: The file cannot be made or opened.
+    """
+    with translated(path.name):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with translated(path.name):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -44,7 +44,7 @@ from crypto.certificates import (
 from crypto.identity import FILES, open_ec_key, seal_key
 from crypto.requests import ROLES, Request, read_request
 from crypto.trust import CA_CERTIFICATE, REVOCATIONS, load_trust, parse, read_certificate
-from crypto.vault import check_passphrase, write_public
+from crypto.vault import check_new_passphrase, write_public
 from protocol.encoding import Digest
 from protocol.errors import CertificateRefused
 from protocol.messages import Message
@@ -76,9 +76,9 @@ def init_pki(folder: Path, name: str, passphrase: bytes, days: int) -> None:
 
     Raises:
         CertificateRefused: The folder holds a part of an authority, or `name` or `days` is out of range.
-        SecretUnavailable: The passphrase is empty.
+        SecretUnavailable, PassphraseTooShort: The passphrase is not good enough for a new key.
     """
-    check_passphrase(passphrase)
+    check_new_passphrase(passphrase)
     authority = create_authority(name, days)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(folder):
@@ -182,8 +182,10 @@ def revoke(folder: Path, passphrase: bytes, names: Sequence[str] = (), days: int
     with _locked(folder):
         authority = _open_authority(folder, passphrase)
         records = [record for record in _read_issued(folder) if record.role != "authority"]
-        if not set(names) <= {record.name for record in records}:
-            raise CertificateRefused("a name to revoke was never issued")
+        known = dict.fromkeys(record.name for record in records)
+        if not set(names) <= known.keys():
+            listed = ", ".join(known) or "none"
+            raise CertificateRefused(f"a name to revoke was never issued; there are: {listed}")
         added = {int(record.serial, 16) for record in records if record.name in names}
         _publish(folder, authority, _revoked_serials(folder) | added, days)
         _log(folder, authority, "pki.revoke", names=sorted(set(names)), days=days)
@@ -273,10 +275,16 @@ def _refuse_taken(folder: Path, wanted: Request, revoked: set[int]) -> None:
 
 def _newest(folder: Path, name: str) -> dict[LeafRole, x509.Certificate]:
     """Return the newest certificates of a name, as its last answer holds them."""
-    if name not in {record.name for record in _read_issued(folder)}:
-        raise CertificateRefused("the name was never issued")
-    found = parse(folder / ANSWERS / f"{name}.pem", x509.load_pem_x509_certificates)
-    by_role = {role_of(certificate): certificate for certificate in found}
+    issued = _read_issued(folder)
+    roles = {record.role for record in issued if record.name == name}
+    if not roles:
+        names = ", ".join(dict.fromkeys(record.name for record in issued if record.role != "authority"))
+        raise CertificateRefused(f"the name was never issued; there are: {names or 'none'}")
+    file = folder / ANSWERS / f"{name}.pem"
+    by_role = {role_of(one): one for one in parse(file, x509.load_pem_x509_certificates)}
+    if not roles <= by_role.keys():
+        # to renew what is left would let a certificate of the name run out unnoticed
+        raise CertificateRefused(f"{file.name} lacks certificates that were issued")
     return {role: by_role[role] for role in FILES if role in by_role}
 
 

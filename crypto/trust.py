@@ -20,6 +20,7 @@ from crypto.certificates import Role, check_revocations, role_of
 from crypto.issued import issued_list
 from crypto.vault import write_public
 from protocol.errors import CertificateRefused, EncodingInvalid
+from protocol.storage import translated
 
 CA_CERTIFICATE, REVOCATIONS = "ca.crt", "crl.pem"
 
@@ -135,12 +136,18 @@ def parse(path: Path, parser: Callable[[bytes], T]) -> T:
     """Parse a file of one's own folder.
 
     Raises:
-        CertificateRefused: It cannot be read, or the parser refuses it.
+        CertificateRefused: There is no such file, or the parser refuses it.
+        AccessDenied, DiskFailed, ResourcesShort: It cannot be read.
     """
+    with translated(path.name, lambda detail: CertificateRefused(f"{detail}; it cannot be read")):
+        data = path.read_bytes()
     try:
-        return parser(path.read_bytes())
-    except OSError as error:
-        raise CertificateRefused(f"{path.name} cannot be read: {error.strerror}") from None
+        parsed = parser(data)
+        # certificates are parsed piece by piece, as the pieces are asked for
+        for one in parsed if isinstance(parsed, list) else [parsed]:
+            if isinstance(one, x509.Certificate):
+                one.public_key(), one.subject.rfc4514_string(), one.issuer.rfc4514_string()
+        return parsed
     except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion, EncodingInvalid):
         raise CertificateRefused(f"{path.name} is malformed") from None
 

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,15 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from pydantic import Field
 
 from protocol.encoding import MAX_BODY_BYTES, Blob, encode
-from protocol.errors import EncodingInvalid, SecretUnavailable
+from protocol.errors import (
+    EncodingInvalid,
+    FileDamaged,
+    FileUnusable,
+    PassphraseTooShort,
+    SecretUnavailable,
+)
 from protocol.messages import Message
+from protocol.storage import from_os, translated
 
 ENVIRONMENT_VARIABLE = "FEDSEAL_PASSPHRASE"
 """Environment variable that `read_passphrase` looks at."""
@@ -35,6 +43,14 @@ MAX_SECRET_BYTES = 1024 * 1024
 
 MAX_PASSPHRASE_BYTES = 4096
 """Longest accepted passphrase."""
+
+NEW_PASSPHRASE_CHARACTERS = 15
+"""Fewest characters of a passphrase for new keys.
+
+A sealed file can be copied and guessed at without a limit, so that the passphrase stands alone. It is the
+least that NIST SP 800-63B-4, section 3.1.1.2, lets stand alone. Rules about kinds of characters are not
+imposed, as the same section asks.
+"""
 
 SALT_BYTES = 16
 NONCE_BYTES = 12
@@ -147,12 +163,17 @@ def storage_key(salt_file: Path, passphrase: bytes) -> bytes:
     """Return the key of the `StorageBox` whose salt lies in a file; a new salt is written where none is.
 
     Raises:
-        SecretUnavailable: See `derive_storage_key`.
-        OSError: The file cannot be read or written.
+        SecretUnavailable: The passphrase is empty or too long.
+        FileDamaged: The file does not hold a salt.
+        DiskFull, AccessDenied, DiskFailed, FileUnusable, ResourcesShort: It cannot be read or written.
     """
-    if not salt_file.exists():
-        write_private(salt_file, new_salt())
-    return derive_storage_key(passphrase, salt_file.read_bytes())
+    with translated(salt_file.name):
+        if not salt_file.exists():
+            write_private(salt_file, new_salt())
+        salt = salt_file.read_bytes()
+    if len(salt) != SALT_BYTES:
+        raise FileDamaged(f"{salt_file.parent.name}/{salt_file.name} has not {SALT_BYTES} bytes")
+    return derive_storage_key(passphrase, salt)
 
 
 def derive_storage_key(passphrase: bytes, salt: bytes) -> bytes:
@@ -218,7 +239,8 @@ def read_passphrase(
 
     Args:
         file: A file, `/dev/stdin` or `/dev/fd/N`. A regular file must be closed to group and others.
-            One newline at its end is not part of the passphrase.
+            One end of line at its end, and a mark of the encoding before it, as some editors write them,
+            are not part of the passphrase.
         environment: Looked up for `FEDSEAL_PASSPHRASE`.
         prompt: Asks a person, without echo.
 
@@ -227,7 +249,8 @@ def read_passphrase(
             passphrase is empty or longer than `MAX_PASSPHRASE_BYTES`.
     """
     if file is not None:
-        passphrase = _read_passphrase_file(file).removesuffix(b"\n")
+        content = _read_passphrase_file(file).removeprefix(BOM_UTF8)
+        passphrase = content[:-2] if content.endswith(b"\r\n") else content.removesuffix(b"\n")
     elif ENVIRONMENT_VARIABLE in environment:
         passphrase = environment[ENVIRONMENT_VARIABLE].encode("utf-8", "surrogateescape")
     elif prompt is not None:
@@ -244,6 +267,18 @@ def check_passphrase(passphrase: bytes) -> None:
         raise SecretUnavailable("the passphrase is empty")
     if len(passphrase) > MAX_PASSPHRASE_BYTES:
         raise SecretUnavailable(f"a passphrase has at most {MAX_PASSPHRASE_BYTES} bytes")
+
+
+def check_new_passphrase(passphrase: bytes) -> None:
+    """Refuse a passphrase that is not good enough for a new key; keys that exist are opened by theirs.
+
+    Raises:
+        SecretUnavailable: It is empty or too long.
+        PassphraseTooShort: It has fewer than `NEW_PASSPHRASE_CHARACTERS` characters.
+    """
+    check_passphrase(passphrase)
+    if len(passphrase.decode("utf-8", "surrogateescape")) < NEW_PASSPHRASE_CHARACTERS:
+        raise PassphraseTooShort
 
 
 def _scrypt(passphrase: bytes, salt: bytes, n: int) -> bytes:
@@ -281,8 +316,8 @@ def _read_passphrase_file(path: Path) -> bytes:
         return os.dup(int(inherited[1] or 0)) if inherited else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     with _reading(path.name, opened) as descriptor:
-        # Room for one newline, and for one byte that shows that the passphrase is too long.
-        return _read_closed(descriptor, path.name, MAX_PASSPHRASE_BYTES + 2)
+        # Room for marks and an end of line, and for one byte that shows that the passphrase is too long.
+        return _read_closed(descriptor, path.name, MAX_PASSPHRASE_BYTES + 6)
 
 
 @contextmanager
@@ -294,7 +329,10 @@ def _reading(name: str, opened: Callable[[], int]) -> Iterator[int]:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise SecretUnavailable(f"{name} cannot be read: {error.strerror}") from None
+        coded = from_os(error, name)
+        if coded is None or isinstance(coded, FileUnusable):
+            raise SecretUnavailable(f"{name} cannot be read: {error.strerror}") from None
+        raise coded from None
 
 
 def _read_closed(descriptor: int, name: str, limit_bytes: int) -> bytes:

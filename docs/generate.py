@@ -51,7 +51,8 @@ needs a `peers.min_known_peers` above its `privacy.tolerated_colluders`. `plans.
 ERRORS_INTRODUCTION: Final = """\
 Every refusal has a code that never changes its meaning. The message on the machine where it happened says
 more; only the code travels to other parties. The exit status is that of the command line when the error
-ends it."""
+ends it. `fedseal --debug VERB`, or `FEDSEAL_DEBUG=1`, also shows where an error was raised; that may quote
+data and is for the own machine alone."""
 
 SIGNS: Final = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,14 @@ def return_large_memory() -> None:
     os.environ.update(_MALLOC)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, int(_MALLOC["MALLOC_MMAP_THRESHOLD_"]))
+
+
+def heeded(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Return those of some signals that this process may take.
+
+    Whoever started it, such as nohup, may have set one to be ignored, and means its end to be ignored.
+    """
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextmanager

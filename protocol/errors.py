@@ -38,6 +38,107 @@ class FedsealError(Exception):
         return "\n".join(lines)
 
 
+class Unexpected(FedsealError):
+    """Something happened that no part of fedseal expected."""
+
+    code = "FS-GENERAL-02"
+    what = "fedseal met an error that it did not expect."
+    remedy = (
+        "Repeat it with fedseal --debug or FEDSEAL_DEBUG=1, on this machine only, and report where it was."
+    )
+    exit_code = 1
+
+
+class OutputLost(FedsealError):
+    """Standard output cannot be written."""
+
+    code = "FS-CLI-01"
+    what = "The output could not be written."
+    remedy = "Free space where standard output goes, or send it elsewhere, and repeat the command."
+    exit_code = 13
+
+
+class NameUnknown(FedsealError):
+    """A name on the command line is that of nothing that exists."""
+
+    code = "FS-CLI-02"
+    what = "Nothing has this name."
+    remedy = "Give one of the names that the detail lists, or the beginning of just one of them."
+    exit_code = 2
+
+
+class NameAmbiguous(FedsealError):
+    """The beginning of a name on the command line is that of several names."""
+
+    code = "FS-CLI-03"
+    what = "More than one thing has a name that begins like this."
+    remedy = "Give more characters of the one that is meant, of those that the detail lists."
+    exit_code = 2
+
+
+class DiskFull(FedsealError):
+    """A disk, a quota or a limit has no room for what must be written."""
+
+    code = "FS-DISK-01"
+    what = "There is no space left on a disk."
+    remedy = "Free space there and repeat the command; what was stored before is intact, restore no backup."
+    exit_code = 13
+
+
+class AccessDenied(FedsealError):
+    """The system does not let this user read or write a file, or the disk is read-only."""
+
+    code = "FS-DISK-02"
+    what = "A file or folder may not be read or written by this user."
+    remedy = "Correct its owner, mode or mount, and repeat; what was stored is intact, restore no backup."
+    exit_code = 13
+
+
+class DiskFailed(FedsealError):
+    """A disk answers with an error of its own."""
+
+    code = "FS-DISK-03"
+    what = "A disk failed while it was read or written."
+    remedy = "Stop using the disk and look at the system's log; copy what can be read before anything else."
+    exit_code = 13
+
+
+class StorageBusy(FedsealError):
+    """Another process holds a lock that does not become free in time."""
+
+    code = "FS-DISK-04"
+    what = "Another process holds a stored file."
+    remedy = "Wait for the other process or end it, and repeat the command; nothing is damaged."
+    exit_code = 13
+
+
+class FileDamaged(FedsealError):
+    """A stored file is not one that fedseal wrote, or not as it wrote it."""
+
+    code = "FS-DISK-05"
+    what = "A stored file is damaged."
+    remedy = "Keep a copy of it; docs/operations.md says for each kind of file what may take its place."
+    exit_code = 13
+
+
+class FileUnusable(FedsealError):
+    """A file or folder is missing, or something else has its name."""
+
+    code = "FS-DISK-06"
+    what = "A file or folder is missing, or is not what it must be."
+    remedy = "Correct the path, or put there what the detail names."
+    exit_code = 13
+
+
+class ResourcesShort(FedsealError):
+    """The system has no memory or no file handles left for this process."""
+
+    code = "FS-DISK-07"
+    what = "The system has too little memory or too many open files."
+    remedy = "End other programs or raise the limit (ulimit -n), and repeat; what was stored is intact."
+    exit_code = 13
+
+
 class PlanInvalid(FedsealError):
     """A plan has an unknown key, a wrong type or an impossible value."""
 
@@ -97,7 +198,10 @@ class LedgerCorrupt(FedsealError):
 
     code = "FS-LEDGER-01"
     what = "The privacy ledger was changed or damaged."
-    remedy = "Restore the newest backup; never start with an empty ledger for the same people."
+    remedy = (
+        "Keep its files, restore the newest backup, and declare what that lacks with fedseal ledger adopt; "
+        "never start an empty one."
+    )
     exit_code = 3
 
 
@@ -262,6 +366,15 @@ class SecretUnavailable(FedsealError):
     exit_code = 5
 
 
+class PassphraseTooShort(SecretUnavailable):
+    """A passphrase for a new key is too easily guessed."""
+
+    code = "FS-CERT-06"
+    what = "A new passphrase is too short."
+    remedy = "Choose at least 15 characters, for example five random words; keys that exist keep theirs."
+    exit_code = 5
+
+
 class DataInvalid(FedsealError):
     """An owner's data file does not fit the task."""
 
@@ -325,7 +438,7 @@ class AddressMalformed(FedsealError):
     exit_code = 2
 
 
-class NameUnknown(ServerUnavailable):
+class HostUnknown(ServerUnavailable):
     """No address is known for a coordinator's name."""
 
     code = "FS-NET-02"
@@ -493,6 +606,24 @@ class HomeBusy(FedsealError):
     code = "FS-HOME-02"
     what = "This process cannot have the home for itself."
     remedy = "Stop the node or coordinator that runs on it, or make it a folder that this user may read."
+    exit_code = 5
+
+
+class HomeMissing(FedsealError):
+    """There is no home folder where one is named."""
+
+    code = "FS-HOME-03"
+    what = "There is no home folder at this place."
+    remedy = "Correct --home; fedseal pki request, pki install and fedseal home make a new one."
+    exit_code = 5
+
+
+class HomeOfAnother(FedsealError):
+    """A folder is not the home of the party that the command is for."""
+
+    code = "FS-HOME-04"
+    what = "This folder is not the home that the command needs."
+    remedy = "Give the home of the party that the detail names; an unfinished one needs fedseal home."
     exit_code = 5
 
 

@@ -230,7 +230,8 @@ def toml_fields(text: str) -> dict[str, Any]:
         ValueError: It is no TOML, or is nested too deeply to be read.
     """
     try:
-        return tomllib.loads(text)
+        # some editors put a mark of the encoding before the text
+        return tomllib.loads(text.removeprefix("\ufeff"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

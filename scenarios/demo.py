@@ -11,8 +11,7 @@ from typing import Any
 
 from audit.conclude import Conclusion, conclude
 from client.ledger import Ledger
-from client.owner import IDENTITY, LEDGER, POLICY
-from client.policy import Policy
+from client.owner import IDENTITY, LEDGER, read_policy
 from protocol.errors import ServerUnavailable
 from protocol.plan import Plan
 from scenarios.federation import Federation, OwnerHome, make_federation
@@ -137,7 +136,7 @@ def wait_for_coordinator(processes: Processes, home: Path) -> None:
 
 def owner_spending(owner: OwnerHome) -> dict[str, Any]:
     """Read what an owner's own ledger says; on real machines only the owner can do this."""
-    policy = Policy.from_toml((owner.folder / POLICY).read_text(encoding="utf-8"))
+    policy = read_policy(owner.folder)
     path = owner.folder / LEDGER / "ledger.db"
     ledger = Ledger.open(path, policy, owner.folder / IDENTITY / "ledger.head")
     try:

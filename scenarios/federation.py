@@ -229,9 +229,9 @@ def pins_of(folder: Path, own: Path) -> dict[str, str]:
     mine = parse(own / "signing.crt", bytes)
     pins = {}
     for file in sorted(folder.glob("*.signing.crt")):
-        if file.read_bytes() == mine:
+        if parse(file, bytes) == mine:
             continue
-        key = x509.load_pem_x509_certificate(file.read_bytes()).public_key()
+        key = parse(file, x509.load_pem_x509_certificate).public_key()
         if isinstance(key, Ed25519PublicKey):
             pins[file.name.removesuffix(".signing.crt")] = fingerprint(key)
     return pins

@@ -17,6 +17,7 @@ from crypto.trust import load_trust
 from protocol.errors import PlanInvalid
 from protocol.evaluation import planned_worst_epsilon, promised_loss
 from protocol.plan import Plan, first_problem, toml_fields
+from protocol.storage import read_written
 from scenarios.central import CentralTraining, prepare_central
 from scenarios.federation import PolicySettings, make_federation
 from scenarios.grid import LocalGrid
@@ -76,14 +77,14 @@ class Scenario(BaseModel):
         Raises:
             PlanInvalid: The scenario or its plan is not valid; names the field.
         """
+        text = read_written(file, PlanInvalid)
         try:
-            scenario = cls.model_validate(toml_fields(file.read_text(encoding="utf-8")))
-            text = (file.parent / scenario.plan).read_text(encoding="utf-8")
+            scenario = cls.model_validate(toml_fields(text))
         except ValidationError as error:
             raise PlanInvalid(first_problem(error)) from None
-        except (OSError, ValueError):
-            raise PlanInvalid("the scenario file or its plan cannot be read") from None
-        return scenario, Plan.from_toml(text)
+        except ValueError as error:
+            raise PlanInvalid(f"{file.name}: not TOML: {error}") from None
+        return scenario, Plan.from_toml(read_written(file.parent / scenario.plan, PlanInvalid))
 
 
 @dataclass

@@ -7,6 +7,7 @@ from protocol.errors import FedsealError, ProtocolViolation
 from protocol.messages import CloseReply, CloseRequest, Statement
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
+from protocol.storage import STORAGE_FAULTS
 from server.cohort.members import Member
 from server.exchange import Exchanger, Reply, Request
 from server.rounds.runner import RoundRunner
@@ -49,6 +50,8 @@ def close_run(
                 _record_statement(store, member, reply, expected)
             else:
                 store.refuse(member.fingerprint, "query.close", reply.code)
+        except STORAGE_FAULTS:
+            raise
         except FedsealError as error:
             store.refuse(member.fingerprint, "query.close", error.code)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,17 +22,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
 from crypto.auditlog import AuditLog, short_facts
 from crypto.locks import take
-from protocol.errors import CheckpointInvalid, RunBusy, RunFailed
+from protocol.errors import CheckpointInvalid, FileDamaged, PlanInvalid, RunBusy, RunFailed
 from protocol.messages import Purpose
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
+from protocol.storage import connect, translated
+from server.checkpoints import read_checkpoint, write_checkpoint
 
+RUN_FILE = "the record of a run (run.db)"
 _LOCK_POLL_S = 0.1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -65,25 +64,45 @@ def now_text() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def digits_of(name: str) -> str:
+    """Return the first digits of a run's identifier, which end the name of its folder; empty if none do."""
+    found = re.search(r"-([0-9a-f]{8})$", name)
+    return "" if found is None else found[1]
+
+
 class RunStore:
     """One run's folder.
 
     Args:
         folder: Created if missing.
         log: The coordinator's log of acts, which gets every protocol act of the run; None for simulations.
+
+    Every method raises `FileDamaged` where `run.db` does not hold what was written, and the other errors
+    of `protocol.storage` where the disk or another process is in the way; what was stored is intact then.
     """
 
     def __init__(self, folder: Path, log: AuditLog | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with translated(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.folder = folder
         self._log = log
-        self._database = sqlite3.connect(
-            folder / "run.db", isolation_level=None, check_same_thread=False, timeout=30
-        )
+        self._database = connect(folder / "run.db", f"{RUN_FILE} of {folder.name}")
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=FULL")
         self._database.executescript(_SCHEMA)
         self._lock: int | None = None
+
+    @classmethod
+    def existing(cls, folder: Path, log: AuditLog | None = None) -> RunStore:
+        """Open the folder of a run that was prepared; arguments as of the class.
+
+        Raises:
+            FileDamaged: Its record is empty; nothing is written to it then.
+        """
+        with translated(str(folder)):
+            if not (folder / "run.db").stat().st_size:
+                raise FileDamaged(f"{RUN_FILE} of {folder.name} is empty")
+        return cls(folder, log)
 
     def close(self) -> None:
         """Close the database, and let another process carry the run out."""
@@ -91,6 +110,11 @@ class RunStore:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    @property
+    def digits(self) -> str:
+        """The first digits of the run's identifier, which end the folder's name."""
+        return digits_of(self.folder.name)
 
     # --- who carries the run out -------------------------------------------------------------------
 
@@ -105,7 +129,8 @@ class RunStore:
         """
         if self._lock is not None:
             return
-        descriptor = os.open(self.folder / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with translated("run.lock"):
+            descriptor = os.open(self.folder / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + wait_s
         while not take(descriptor):
             if time.monotonic() >= deadline:
@@ -118,10 +143,11 @@ class RunStore:
         """Tell whether some process carries the run out now; the kernel forgets processes that died."""
         if self._lock is not None:
             return True
-        try:
-            descriptor = os.open(self.folder / "run.lock", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
+        with translated("run.lock"):
+            try:
+                descriptor = os.open(self.folder / "run.lock", os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
         try:
             return not take(descriptor)
         finally:
@@ -138,7 +164,7 @@ class RunStore:
     def get(self, key: str, default: Any = None) -> Any:
         """Return a fact of the run."""
         row = self._database.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return default if row is None else json.loads(row[0])
+        return default if row is None else self._parsed(row[0])
 
     def plan(self) -> Plan:
         """Return the run's resolved plan.
@@ -149,7 +175,16 @@ class RunStore:
         fields = self.get("plan")
         if fields is None:
             raise RunFailed("the run folder holds no plan")
-        return Plan.from_fields(fields)
+        try:
+            return Plan.from_fields(fields)
+        except PlanInvalid:
+            raise FileDamaged(f"{RUN_FILE} of {self.folder.name}: the plan in it is none") from None
+
+    def _parsed(self, text: Any) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, TypeError, RecursionError):
+            raise FileDamaged(f"{RUN_FILE} of {self.folder.name}: a fact in it is not JSON") from None
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append an event; facts are public and small."""
@@ -170,7 +205,7 @@ class RunStore:
             "SELECT id, time, kind, facts FROM events WHERE id > ? ORDER BY id", (after,)
         ).fetchall()
         for identifier, moment, kind, facts in rows:
-            yield identifier, moment, kind, json.loads(facts)
+            yield identifier, moment, kind, self._parsed(facts)
 
     def refuse(self, owner: str, kind: str, code: str) -> None:
         """Record that an owner answered an error code."""
@@ -228,7 +263,7 @@ class RunStore:
     def owners(self) -> dict[str, dict[str, Any]]:
         """Return what is known of all owners, by fingerprint."""
         rows = self._database.execute("SELECT fingerprint, facts FROM owners ORDER BY 1").fetchall()
-        return {fingerprint: json.loads(facts) for fingerprint, facts in rows}
+        return {fingerprint: self._parsed(facts) for fingerprint, facts in rows}
 
     def void_attempt(
         self, attempt: int, purpose: Purpose, round_number: int, facts: dict[str, Any]
@@ -286,7 +321,7 @@ class RunStore:
                 "purpose": purpose,
                 "round": number,
                 "void": bool(void),
-                **json.loads(facts),
+                **self._parsed(facts),
             }
             for attempt, purpose, number, void, facts in rows
         ]
@@ -316,36 +351,21 @@ class RunStore:
         """Write a model so that a crash leaves either the old state or the new one.
 
         The file also says which plan, round and model it holds.
+
+        Raises:
+            DiskFull, AccessDenied, DiskFailed, FileUnusable, ResourcesShort: It cannot be written.
         """
-        target = self._checkpoint(round_number)
-        temporary = target.with_suffix(".tmp")
-        metadata = self._said_of(round_number, model)
-        save_file(
-            {
-                "weights": model.weights,
-                "first_moment": model.first_moment,
-                "second_moment": model.second_moment,
-            },
-            temporary,
-            metadata,
-        )
-        _sync(temporary)
-        os.replace(temporary, target)
-        _sync(self.folder)
+        said = self._said_of(round_number, model)
+        write_checkpoint(self._checkpoint(round_number), model, said)
 
     def read_checkpoint(self, round_number: int) -> GlobalModel:
         """Return the model after a round; round 0 is the initial model.
 
         Raises:
             CheckpointInvalid: There is no such file, it is damaged, or it is of another round or plan.
+            AccessDenied, DiskFailed, ResourcesShort: It cannot be read.
         """
-        names = ("weights", "first_moment", "second_moment")
-        try:
-            with safe_open(self._checkpoint(round_number), "numpy") as file:
-                metadata = file.metadata() or {}
-                model = GlobalModel(*(file.get_tensor(name).astype(np.float64) for name in names))
-        except (OSError, ValueError, TypeError, SafetensorError):
-            raise CheckpointInvalid from None
+        model, metadata = read_checkpoint(self._checkpoint(round_number))
         if metadata != self._said_of(round_number, model):
             raise CheckpointInvalid
         return model
@@ -376,11 +396,3 @@ class RunStore:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,6 +25,7 @@ from protocol.evaluation import Estimate, run_epsilon
 from protocol.messages import Purpose
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
+from protocol.storage import STORAGE_FAULTS
 from server.closing import close_run
 from server.cohort.members import ServerSession
 from server.exchange import Exchanger
@@ -144,6 +145,8 @@ class SealStrategy(Strategy):
             attempt = self._begin(len(runner.steps) + 1, model, "train", runner.session)
             try:
                 model = runner.run(attempt, model)
+            except STORAGE_FAULTS:
+                raise
             except FedsealError as error:
                 self._void(attempt, runner.session, error)
                 self._require_hope(runner, error)
@@ -192,6 +195,8 @@ class SealStrategy(Strategy):
             attempt = self._begin(round_number, model, "evaluate", runner.session)
             try:
                 estimate = runner.evaluate(attempt)
+            except STORAGE_FAULTS:
+                raise
             except FedsealError as error:
                 self._void(attempt, runner.session, error)
                 time.sleep(_RETRY_PAUSE_S)

@@ -34,7 +34,7 @@ def prepare_run(home: Path, plan: Plan, public_data: Path | None) -> RunStore:
     """
     resolved = resolve(plan)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = home / RUNS / f"{resolved.run.name}-{stamp}-{secrets.token_hex(2)}"
+    folder = home / RUNS / f"{resolved.run.name}-{stamp}-{secrets.token_hex(4)}"
     if public_data is not None:
         task_for(resolved).read(public_data)
     store = RunStore(folder)

@@ -24,6 +24,7 @@ from audit.evidence.run import (
 )
 from crypto.agreement import signed_hash
 from crypto.certificates import describe
+from crypto.trust import parse
 from protocol.claims import adjacency, planned_worst
 from protocol.encoding import digest_bytes
 from protocol.errors import ReportInvalid
@@ -158,7 +159,7 @@ def _owner(fingerprint: str, facts: dict[str, Any], plan: Plan, present: tuple[s
 def _certificates(home: Path) -> list[CertificateEvidence]:
     files = [home / IDENTITY / "ca.crt", home / IDENTITY / "server.crt"]
     files += sorted((home / MEMBERS).glob("*.crt"))
-    certificates = [x509.load_pem_x509_certificate(file.read_bytes()) for file in files]
+    certificates = [parse(file, x509.load_pem_x509_certificate) for file in files]
     return [CertificateEvidence.from_fields(describe(certificate)) for certificate in certificates]
 
 

@@ -21,12 +21,14 @@ from protocol.encoding import MAX_BODY_BYTES
 from protocol.errors import (
     EncodingInvalid,
     FindingsRefused,
-    LedgerConflict,
+    NameAmbiguous,
+    NameUnknown,
     ReportInvalid,
     SignatureInvalid,
 )
 from protocol.messages import Signed
 from protocol.plan import Plan
+from server.store import digits_of
 
 
 def find_run(owner: Owner, name: str) -> tuple[str, Plan]:
@@ -34,18 +36,26 @@ def find_run(owner: Owner, name: str) -> tuple[str, Plan]:
 
     Args:
         owner: An open owner.
-        name: The run's identifier, or its first characters, as `fedseal ledger show` prints them.
+        name: The name of the run's folder at the coordinator, which ends with the first digits of the
+            run's identifier; or the identifier, or its first digits, as `fedseal ledger show` prints them.
 
     Raises:
-        LedgerConflict: The ledger knows no such run, or more than one.
+        NameUnknown: The ledger knows no such run; those that it knows are listed.
+        NameAmbiguous: It knows several, which are listed.
     """
     bodies = [record.body for record in owner.ledger.records()]
     runs = [str(body["run"]) for body in bodies if body["kind"] == "open_run"]
-    matching = [run for run in runs if name and run.startswith(name)]
-    state = owner.store.find(matching[0]) if len(matching) == 1 else None
-    if state is None:
-        raise LedgerConflict("the ledger does not know this run; fedseal ledger show lists them")
-    return state.run, state.parsed_plan()
+    digits = digits_of(name) or name
+    found = [owner.store.find(run) for run in runs if digits and run.startswith(digits)]
+    matching = [state for state in found if state is not None]
+    if len(matching) > 1 and digits != name:
+        # the coordinator tried more than once to bring the owners together; the run is what came of it
+        matching = [state for state in matching if state.session is not None] or matching
+    if not matching:
+        raise NameUnknown(f"no run {name}; the ledger has: {', '.join(run[:8] for run in runs) or 'none'}")
+    if len(matching) > 1:
+        raise NameAmbiguous(f"{name} fits {', '.join(state.run[:16] for state in matching)}")
+    return matching[0].run, matching[0].parsed_plan()
 
 
 def owner_findings(

@@ -119,7 +119,8 @@ class Joining:
         nodes = wait_for_owners(self._exchanger, self._plan)
         self.forget()
         for left in reversed(range(TRIES)):
-            run = secrets.token_hex(32)
+            # owners know the run by this, people by the folder's name, which ends with its first digits
+            run = self._store.digits + secrets.token_hex(32)[len(self._store.digits) :]
             request = Request(JoinRequest(run=run, plan=self._plan.fields()).to_bytes())
             members = self.joined(run, dict.fromkeys(nodes, request))
             session = self.agreed(run, members) if self.are_enough(members) else None

@@ -23,8 +23,17 @@ from crypto.certificates import OperatorCredentials
 from crypto.identity import FILES, load_pair
 from crypto.trust import CA_CERTIFICATE, REVOCATIONS
 from protocol.encoding import Digest, decode
-from protocol.errors import EncodingInvalid, FedsealError, RunBusy, RunFailed, RunPaused, ServerUnavailable
+from protocol.errors import (
+    CertificateRefused,
+    EncodingInvalid,
+    FedsealError,
+    RunBusy,
+    RunFailed,
+    RunPaused,
+    ServerUnavailable,
+)
 from protocol.messages import Message
+from protocol.storage import STORAGE_FAULTS
 from server.flower.control import ControlClient
 from server.home import RUNS
 from server.listeners.admission import PEER
@@ -92,7 +101,11 @@ class ControlEndpoint:
             result = act(operator, body)
         except FedsealError as error:
             code = error.code
-        head = self._log.sign()
+        try:
+            head = self._log.sign()
+        except STORAGE_FAULTS:
+            # what was done is done, and is in the log: only its newest head is not signed yet
+            head = self._log.signed
         return Answer(code=code, result=result, log_sequence=head.sequence, log_hash=head.hash).to_bytes()
 
     def _start(self, operator: str, body: bytes) -> dict[str, Any]:
@@ -123,7 +136,7 @@ class ControlEndpoint:
     def _runs(self, operator: str, _body: bytes) -> dict[str, Any]:
         self._log.record("operator.runs", operator)
         folders = sorted((self._home / RUNS).glob("*/run.db"))
-        return {"runs": [_summary(file.parent) for file in folders]}
+        return {"runs": [_summary_or_problem(file.parent) for file in folders]}
 
     @contextmanager
     def _store(self, body: bytes) -> Iterator[RunStore]:
@@ -131,7 +144,7 @@ class ControlEndpoint:
         folder = self._home / RUNS / run
         if not _RUN_NAME.fullmatch(run) or not (folder / "run.db").is_file():
             raise RunFailed("there is no such run")
-        store = RunStore(folder)
+        store = RunStore.existing(folder)
         try:
             yield store
         finally:
@@ -175,6 +188,9 @@ class ControlLink:
             ) from None
         if status != http.HTTPStatus.OK:
             raise ServerUnavailable(f"the coordinator answered with the status {status}")
+        fault = next((kind for kind in STORAGE_FAULTS if kind.code == parsed.code), None)
+        if fault is not None:
+            raise fault("in the coordinator's home; its log says which file")
         if parsed.code is not None:
             raise RunFailed(f"the coordinator refused with {parsed.code}")
         return parsed.result
@@ -234,15 +250,27 @@ def _operator_context(identity: Path, credentials: OperatorCredentials) -> ssl.S
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     # A socket in the home has no host name; a certificate for the role of server is what is asked for.
     context.check_hostname = False
-    context.load_verify_locations(identity / CA_CERTIFICATE)
-    context.load_verify_locations(identity / REVOCATIONS)
+    for name in (CA_CERTIFICATE, REVOCATIONS):
+        try:
+            context.load_verify_locations(identity / name)
+        except OSError:
+            raise CertificateRefused(f"{name} of the operator's identity cannot be loaded") from None
     context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_CRL_CHECK_LEAF
     load_pair(context, identity / f"{FILES['operator']}.crt", credentials.key)
     return context
 
 
+def _summary_or_problem(folder: Path) -> dict[str, Any]:
+    """Return what is known of a run; a record that cannot be read hides no other run."""
+    try:
+        return _summary(folder)
+    except FedsealError as error:
+        unknown = dict.fromkeys(("submitted_at", "operator", "finished_rounds", "rounds"))
+        return {"run": folder.name, "state": f"unreadable ({error.code})", **unknown}
+
+
 def _summary(folder: Path) -> dict[str, Any]:
-    store = RunStore(folder)
+    store = RunStore.existing(folder)
     try:
         return {
             "run": folder.name,

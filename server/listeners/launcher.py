@@ -14,7 +14,8 @@ import logging
 import signal
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from crypto.auditlog import KeptLog
 from crypto.certificates import key_sha256
 from crypto.trust import Trust, list_number
+from protocol.environment import heeded
 from protocol.errors import FedsealError, InsideUnreachable
 from server.flower.batches import Batches
 from server.flower.control import ControlClient
@@ -131,7 +133,7 @@ def serve(
     Raises:
         InsideUnreachable: The loopback listener cannot be connected to; nothing serves any longer.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heeded(signal.SIGINT, signal.SIGTERM):
         # uvicorn raises a signal again once it has stopped; the process is to end normally then
         signal.signal(number, lambda _number, _frame: None)
     allow_many_files()
@@ -219,6 +221,17 @@ async def _started(server: uvicorn.Server, tasks: list[asyncio.Task[None]]) -> N
         await asyncio.sleep(0.02)
 
 
+class _Listener(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Let uvicorn take the signals that end it, less those that this process was told to ignore."""
+        ignored = {signal.SIGINT, signal.SIGTERM} - set(heeded(signal.SIGINT, signal.SIGTERM))
+        with super().capture_signals():
+            for number in ignored:
+                signal.signal(number, signal.SIG_IGN)
+            yield
+
+
 def _server(
     app: Any,
     shown: TlsFiles,
@@ -243,7 +256,7 @@ def _server(
     if config.ssl is None:
         raise RuntimeError("a listener has no TLS context")
     config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-    return uvicorn.Server(config)
+    return _Listener(config)
 
 
 def _certified_server(

@@ -20,9 +20,11 @@ from crypto.parts import open_parts, seal_parts
 from protocol.encoding import digest
 from protocol.errors import FrameInvalid, ProtocolViolation
 from protocol.messages import Signed
+from protocol.storage import translated
 
 _FOLDER: Final = "frames"
 _SUMS: Final = "sums"
+_FRAMES: Final = "the frames of an attempt"
 
 
 class Gathering:
@@ -46,7 +48,8 @@ class Gathering:
     def __enter__(self) -> Self:
         """Remove what a process that was killed left behind, and make the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(mode=0o700)
+        with translated(_FRAMES):
+            self._folder.mkdir(mode=0o700)
         return self
 
     def __exit__(
@@ -75,10 +78,11 @@ class Gathering:
             for frame in frames:
                 self._context.check(frame)
         known.update(zip(positions, (sha256(frame).digest() for frame in frames), strict=True))
-        descriptor = os.open(self._file(owner), os.O_WRONLY | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.seek(positions.start * self._context.frame_bytes)
-            file.write(blob)
+        with translated(_FRAMES):
+            descriptor = os.open(self._file(owner), os.O_WRONLY | os.O_CREAT, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.seek(positions.start * self._context.frame_bytes)
+                file.write(blob)
         return frames
 
     def digests(self, owner: str, part: int) -> list[bytes]:
@@ -131,15 +135,17 @@ class Gathering:
 
     def keep_sums(self, part: bytes) -> None:
         """Keep the next part of opened sums."""
-        descriptor = os.open(self._folder / _SUMS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "ab") as file:
-            file.write(part)
+        with translated(_FRAMES):
+            descriptor = os.open(self._folder / _SUMS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(descriptor, "ab") as file:
+                file.write(part)
 
     def sums(self) -> bytes:
         """Return the parts of opened sums that were kept, and forget them."""
         file = self._folder / _SUMS
-        kept = file.read_bytes() if file.exists() else b""
-        file.unlink(missing_ok=True)
+        with translated(_FRAMES):
+            kept = file.read_bytes() if file.exists() else b""
+            file.unlink(missing_ok=True)
         return kept
 
     def _file(self, owner: str) -> Path:
@@ -147,6 +153,6 @@ class Gathering:
 
     def _read(self, owner: str, positions: range) -> bytes:
         size = self._context.frame_bytes
-        with self._file(owner).open("rb") as file:
+        with translated(_FRAMES), self._file(owner).open("rb") as file:
             file.seek(positions.start * size)
             return file.read(len(positions) * size)

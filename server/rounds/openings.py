@@ -17,6 +17,7 @@ from protocol.encoding import digest_bytes
 from protocol.errors import EncodingInvalid, FedsealError, ProtocolViolation, QuorumNotMet
 from protocol.messages import Opening, OpenReply, OpenRequest, Signed
 from protocol.plan import Plan
+from protocol.storage import STORAGE_FAULTS
 from server.cohort.attendance import Attendance
 from server.cohort.members import Member, ServerSession
 from server.exchange import Exchanger, Reply, Request
@@ -47,6 +48,8 @@ class Checks:
                 self._refused(member, reply.code)
                 return None
             return check(reply)
+        except STORAGE_FAULTS:
+            raise
         except FedsealError as error:
             self._refused(member, error.code)
             return None

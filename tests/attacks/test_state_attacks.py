@@ -28,7 +28,7 @@ from crypto.presets import packing_for
 from crypto.trust import load_trust
 from crypto.vault import StorageBox, storage_key
 from protocol.encoding import encode
-from protocol.errors import SecretUnavailable
+from protocol.errors import FileDamaged, SecretUnavailable
 from protocol.optimizers import apply_update
 from protocol.plan import Plan
 from scenarios.federation import Federation, PolicySettings, make_federation
@@ -136,13 +136,13 @@ def test_a_state_that_stands_under_another_run_is_refused(homes: Homes, plan: Pl
     assert store.find(names[1]) is not None
     write = "UPDATE runs SET state = ? WHERE run = ?"
     store._database.execute(write, (kept[1], names[0]))
-    with pytest.raises(SecretUnavailable):
+    with pytest.raises(FileDamaged):
         store.find(names[0])
     store._database.execute(write, (kept[0], names[0]))
     assert store.find(names[0]) == first.state(0)
     # a change on disk counts, whatever is at hand
     store._database.execute(write, (kept[0][:-1] + bytes([kept[0][-1] ^ 1]), names[0]))
-    with pytest.raises(SecretUnavailable):
+    with pytest.raises(FileDamaged):
         store.find(names[0])
     store._database.execute(write, (kept[0], names[0]))
 
@@ -168,7 +168,7 @@ def test_members_of_another_moment_beside_a_state_are_refused(
             if opens:
                 assert store.find(run.run) == state
             else:
-                with pytest.raises(SecretUnavailable):
+                with pytest.raises(FileDamaged):
                     store.find(run.run)
 
 

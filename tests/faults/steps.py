@@ -83,16 +83,16 @@ def checkpoint(*, after: bool) -> Patch:
 
 
 def temporary_file(setter: Setter, fault: Fault) -> None:
-    import server.store
+    import server.checkpoints
 
-    original = server.store.save_file
+    original = server.checkpoints.save_file
 
     def dying(tensors: Any, file: Path, *rest: Any) -> None:
         original(tensors, file, *rest)
         if "0002" in file.name:
             fault.strike()
 
-    setter.setattr(server.store, "save_file", dying)
+    setter.setattr(server.checkpoints, "save_file", dying)
 
 
 SERVER_STEPS: dict[str, Callable[[], Patch]] = {

@@ -15,6 +15,7 @@ from client.state import RunState
 from client.store import StateStore
 from crypto.vault import StorageBox
 from protocol.messages import JoinReply, Signed
+from protocol.storage import STORAGE_FAULTS
 from server.store import RunStore
 
 _MANY_PAGES: Final = 2**30
@@ -68,7 +69,7 @@ def test_the_state_of_an_owner_after_a_write_that_failed(fault: Fault, tmp_path:
     store.save(first)
     later = first.with_changes(members=members, round=1)
     heads = [one.join for one in members]
-    with fault(store._database, "members"), pytest.raises(sqlite3.Error):
+    with fault(store._database, "members"), pytest.raises(STORAGE_FAULTS):
         store.save(later, heads=heads)
     assert store.find(RUN) == first
     store.save(later, heads=heads)
@@ -108,7 +109,7 @@ def test_the_store_of_a_run_after_a_write_that_failed(fault: Fault, tmp_path: Pa
     """What comes after the failure is written by itself, and for good."""
     store = RunStore(tmp_path / "run")
     store.set("state", "running")
-    with fault(store._database, "meta"), pytest.raises(sqlite3.Error), store.transaction():
+    with fault(store._database, "meta"), pytest.raises(STORAGE_FAULTS), store.transaction():
         store.set("lost", "x" * 1_000_000)
     store.set("state", "paused")
     store.close()

@@ -201,8 +201,8 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name(
         replace(source, target)
 
     with run.store() as store:
-        monkeypatch.setattr("server.store.os.fsync", synced)
-        monkeypatch.setattr("server.store.os.replace", replaced)
+        monkeypatch.setattr("server.checkpoints.os.fsync", synced)
+        monkeypatch.setattr("server.checkpoints.os.replace", replaced)
         store.write_checkpoint(0, GlobalModel.initial(np.zeros(5)))
         name = next(file.name for file in run.folder.glob("checkpoint-*"))
     temporary = Path(name).with_suffix(".tmp").name

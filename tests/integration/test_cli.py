@@ -30,11 +30,13 @@ from protocol.errors import (
     CapacityExceeded,
     CertificateRefused,
     FedsealError,
+    HomeMissing,
+    HomeOfAnother,
     LedgerRollback,
     LogBroken,
+    NameUnknown,
     NoiseTooSmall,
     PlanInvalid,
-    PolicyInvalid,
     SecretUnavailable,
     ServerUnavailable,
 )
@@ -339,7 +341,10 @@ class TestCertificates:
 
     def test_wrong_passphrase(self, cli: Cli, tmp_path: Path) -> None:
         pki = tmp_path / "pki"
-        right, wrong = secret_file(tmp_path, "right", "right one"), secret_file(tmp_path, "wrong", "not it")
+        right, wrong = (
+            secret_file(tmp_path, "right", "the right passphrase"),
+            secret_file(tmp_path, "wrong", "not it"),
+        )
         cli("pki", "init", "--pki", pki, "--passphrase-file", right)
         outcome = cli("pki", "revoke", "--pki", pki, "--passphrase-file", wrong)
         refused(outcome, SecretUnavailable)
@@ -444,7 +449,8 @@ class TestSimulation:
         assert not (home / "ledger" / "ledger.db").exists()
 
     def test_home_without_a_policy(self, cli: Cli, tmp_path: Path) -> None:
-        refused(cli("ledger", "show", "--home", tmp_path), PolicyInvalid, "policy.toml")
+        refused(cli("ledger", "show", "--home", tmp_path), HomeOfAnother, "policy.toml")
+        refused(cli("ledger", "show", "--home", tmp_path / "none"), HomeMissing, "none")
 
     def test_scenario_with_an_unknown_key(self, cli: Cli, tmp_path: Path) -> None:
         file = tmp_path / "scenario.toml"
@@ -469,10 +475,11 @@ class TestParties:
             (tmp_path / "operator" / name).write_bytes(part.public_bytes(Encoding.PEM))
         seal_key(tmp_path / "operator" / "operator.key.sealed", operator.key, b"unused")
         refused(cli("run", plan, "--home", tmp_path, *keys), ServerUnavailable)
-        for verb in (("runs",), ("stop", "small")):
-            refused(cli(*verb, "--home", tmp_path, *keys[2:]), ServerUnavailable)
+        refused(cli("runs", "--home", tmp_path, *keys[2:]), ServerUnavailable)
+        refused(cli("stop", "small", "--home", tmp_path, *keys[2:]), NameUnknown, "there are: none")
 
     def test_no_passphrase_at_all(self, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "policy.toml").touch()
         monkeypatch.setattr("sys.stdin", open(os.devnull, encoding="utf-8"))  # noqa: SIM115
         try:
             outcome = cli("client", "--home", tmp_path, "--server", "127.0.0.1:1")

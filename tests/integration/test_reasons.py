@@ -47,9 +47,9 @@ from protocol.errors import (
     CoordinatorForeign,
     CoordinatorMisnamed,
     FedsealError,
+    HostUnknown,
     InsideUnreachable,
     ListStale,
-    NameUnknown,
     NoAnswer,
     NotACoordinator,
     NotAMember,
@@ -149,7 +149,7 @@ def test_no_address_is_known_for_the_name(monkeypatch: pytest.MonkeyPatch, made:
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     error = why(monkeypatch, home_of(made, "owner-1"), "fl.hospital.invalid:8443")
-    assert type(error) is NameUnknown
+    assert type(error) is HostUnknown
     assert error.detail == "fl.hospital.invalid:8443"
 
 

@@ -20,7 +20,7 @@ from audit.evidence.run import RunEvidence
 from client.owner import Owner
 from crypto.signing import sign_bytes
 from protocol.encoding import encode
-from protocol.errors import FindingsRefused, LedgerConflict
+from protocol.errors import FindingsRefused, NameUnknown
 from protocol.messages import Signed
 from protocol.plan import Plan
 from scenarios.simulate import federate
@@ -121,7 +121,7 @@ def test_nothing_private_is_in_the_file(ran: Ran, tmp_path: Path) -> None:
 def test_a_run_is_found_by_its_first_characters(ran: Ran) -> None:
     assert find_run(ran.owners[1], ran.evidence.run[:16]) == (ran.evidence.run, ran.plan)
     for name in ("", "zz", sha("another run")):
-        with pytest.raises(LedgerConflict):
+        with pytest.raises(NameUnknown, match=ran.evidence.run[:8]):
             find_run(ran.owners[1], name)
 
 

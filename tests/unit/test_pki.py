@@ -39,7 +39,8 @@ from protocol.errors import CertificateRefused, FedsealError, SecretUnavailable
 from protocol.messages import Join, JoinReply, LedgerHead
 from tests.credentials import enrol
 
-CA, SERVER, OWNER, OPERATOR = b"authority", b"coordinator", b"owner", b"operator"
+CA, SERVER = b"passphrase of the authority", b"passphrase of the coordinator"
+OWNER, OPERATOR = b"passphrase of an owner", b"passphrase of an operator"
 KEYS: dict[LeafRole, Any] = {
     "server": ec.generate_private_key(ec.SECP384R1()),
     "owner-transport": ec.generate_private_key(ec.SECP384R1()),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from crypto import vault
 from crypto.vault import (
     StorageBox,
+    check_new_passphrase,
     derive_storage_key,
     open_secret,
     read_passphrase,
@@ -25,7 +26,7 @@ from crypto.vault import (
     write_private,
     write_public,
 )
-from protocol.errors import SecretUnavailable
+from protocol.errors import PassphraseTooShort, SecretUnavailable
 
 PASSPHRASE = b"correct horse"
 SECRET = b"k"
@@ -271,6 +272,25 @@ def test_passphrase_sources_in_order(tmp_path: Path) -> None:
 
 def test_only_one_newline_is_stripped(tmp_path: Path) -> None:
     assert read_passphrase(_put(tmp_path / "p", b" a \n\n"), {}, None) == b" a \n"
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_what_an_editor_adds_to_a_passphrase_file_is_not_part_of_it(
+    tmp_path: Path, mark: bytes, end: bytes
+) -> None:
+    assert read_passphrase(_put(tmp_path / "p", mark + b"a passphrase" + end), {}, None) == b"a passphrase"
+
+
+def test_a_short_passphrase_makes_no_keys_and_opens_those_that_exist(tmp_path: Path) -> None:
+    """Characters are counted, not bytes; a home from before there was a limit opens as it did."""
+    for short in (b"a", b"x" * 14, "ü".encode() * 14):
+        with pytest.raises(PassphraseTooShort):
+            check_new_passphrase(short)
+        seal_secret(tmp_path / "key.sealed", b"secret", short)
+        assert open_secret(tmp_path / "key.sealed", short) == b"secret"
+    for enough in (b"x" * 15, "ü".encode() * 15, b"\xff" * 15):
+        check_new_passphrase(enough)
 
 
 def test_an_empty_or_endless_source_is_refused_and_the_next_not_tried(tmp_path: Path) -> None:

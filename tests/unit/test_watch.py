@@ -12,6 +12,7 @@ from rich.console import Console
 
 from console.progress import RunProgress
 from protocol.errors import (
+    NameUnknown,
     QuorumNotMet,
     RunBusy,
     RunFailed,
@@ -114,7 +115,7 @@ def test_a_run_that_is_not_there_is_refused(store: RunStore, tmp_path: Path, nam
     opened = open_run(tmp_path, str(store.folder))
     assert opened.folder == store.folder, "a path to the folder is as good as its name"
     opened.close()
-    with pytest.raises(RunFailed, match="no such run"):
+    with pytest.raises(NameUnknown, match="there are: "):
         open_run(tmp_path, name)
 
 
