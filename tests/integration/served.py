@@ -56,7 +56,7 @@ def served(
     """
     result, ready = Served(home), threading.Event()
 
-    class Noted(uvicorn.Server):
+    class Noted(launcher._Listener):
         def __init__(self, config: uvicorn.Config) -> None:
             super().__init__(config)
             result.servers.append(self)
@@ -71,7 +71,7 @@ def served(
     prepare_environment()
     os.environ.update(environment or {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launcher.uvicorn, "Server", Noted)
+        patch.setattr(launcher, "_Listener", Noted)
         # only a process's main thread may do this
         patch.setattr(launcher.signal, "signal", lambda *_: None)
         thread = threading.Thread(target=serve, daemon=True)
