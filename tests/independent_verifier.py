@@ -72,9 +72,9 @@ def signed_bodies(r):
     return [(f["signer"], f["body"]) for f in r["findings"] if f["valid"] and f["body"]["run"] in run]
 def tested(r, m):
     p, noisy, day = r["promise"], r["promise"]["noise"] != "none", m["made_at"][:10]
-    examples = dict.fromkeys(("noise per example", "own model per example"), noisy and p["unit"] == "example")
-    on = {"always": True, "noise": noisy, "own model": noisy, "sampling": p["sample_rate"] < 1} | examples
-    on |= {"BFV": r["encryption"]["scheme"] == "BFV"}
+    mine = noisy and p["unit"] == "example"
+    on = {"always": True, "noise": noisy, "own model": noisy, "noise per example": mine, "sampling":
+          p["sample_rate"] < 1, "BFV": r["encryption"]["scheme"] == "BFV", "own model per example": mine}
     need = {t for g, new in TESTS.items() if on[g] and new.get("since", "") <= day for t in new["enum"]}
     have = {t["test"] for t in m["conformance"] if t["threshold"] >= 1e-6 and t["samples"]}
     bad = any(t["p_value"] < max(t["threshold"], 1e-6) for t in m["conformance"])
@@ -140,8 +140,8 @@ def main(path):
     found = {k: "fail" if bad else "missing" if lack else "pass" for k, (bad, lack) in states.items()}
     worst = max(("pass", "missing", "fail").index(state) for state in found.values())
     stated = {c["id"]: c["status"] for c in r["checks"] if c["status"] != "not applicable"}
-    verdict = ("PASS", "INCONCLUSIVE", "FAIL")[worst]
-    agrees = (r["signature"] is None or signature_holds(r)) and (found, verdict) == (stated, r["verdict"]["status"])
+    verdict, seal = ("PASS", "INCONCLUSIVE", "FAIL")[worst], r["signature"] is None or signature_holds(r)
+    agrees = seal and (found, verdict) == (stated, r["verdict"]["status"])
     agrees &= json.dumps(r, indent=2, sort_keys=True, allow_nan=False) + "\n" == text
     print(verdict if agrees else f"It does not agree. Found: {found}")
     return (0, 2, 1)[worst] if agrees else 3

@@ -74,7 +74,7 @@ def anywhere(rows: Values) -> Figures:
 
 
 def _shifted(rows: Values) -> list[Sums]:
-    """Return sums of products at each shift, and of how many: of a window and, if it is one, of the rest."""
+    """Return sums of products at each shift, and of how many: of the window and, beyond it, of all."""
     width = rows.shape[1]
     if width <= WINDOW:
         return [_at_shifts(rows)]
