@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from client.convolution_gradients import convolution
 from client.layer_gradients import Call, Layer, Rule, embedding, group_norm, layer_norm, linear
+from client.padding import ROWS, padded
 
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: linear,
@@ -28,6 +29,10 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.GroupNorm: group_norm,
 }
 """The layers that book-keeping treats; a subclass counts as its base while it keeps the base's forward."""
+
+LARGEST_NORM = 1e30
+"""Of a larger gradient, the factor that brings it to the clipping norm has lost digits of float32; such an
+example counts as one whose gradient is not finite."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Gives from the model's output and the targets one loss for each example, shape (n,)."""
@@ -40,14 +45,19 @@ class Untreatable(Exception):
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
     """Return for each example the factor, at most 1, that brings its gradient norm to `max_grad_norm`.
 
-    The small constant is Opacus' own. Norms that are not finite give a factor of zero.
+    The small constant is Opacus' own. Norms that are not usable give a factor of zero.
 
     Args:
         norms: Gradient norms, shape (n,).
         max_grad_norm: L2 bound; infinity for none.
     """
     factors = (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+    return torch.where(_usable(norms), factors, torch.zeros_like(factors))
+
+
+def _usable(norms: Tensor) -> Tensor:
+    """Say which norms are finite and not so large that rounding spoils what is clipped by them."""
+    return norms <= LARGEST_NORM
 
 
 class BookKeeping:
@@ -57,6 +67,7 @@ class BookKeeping:
         name: Name in plans and logs.
         parameters: The trained parameters, in the model's order.
         values_per_example: Values that one example holds in memory; known after the first batch.
+        rows: Number of rows that a clipped batch is filled up to a multiple of.
 
     Args:
         model: Trained in place by the caller; its forward pass takes the examples as first dimension.
@@ -73,6 +84,7 @@ class BookKeeping:
         self._layers = list(_trained_layers(model))
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.values_per_example = sum(parameter.numel() for parameter in self.parameters)
+        self.rows = ROWS
 
     def clipped_sums(self, x: Tensor, y: Tensor, max_grad_norm: float) -> list[Tensor]:
         """Return for each trained parameter the sum of the examples' clipped gradients.
@@ -85,18 +97,23 @@ class BookKeeping:
         Returns:
             Tensors of the parameters' shapes. An example whose gradient is not finite counts as zero.
 
+        Guarantee: if n is at most `rows`, what an example adds does not depend on the others, up to the
+        rounding of the sum.
+
         Raises:
             Untreatable: A layer that is not linear is used twice, a layer is not used at all, or an input
                 is overwritten after its use.
         """
         while True:
-            calls = self._calls(x, y)
-            norms = torch.stack([call.squared_norms() for call in calls]).sum(dim=0).clamp(min=0.0).sqrt()
-            finite = torch.isfinite(norms)
-            if bool(finite.all()):
-                return self._sums(calls, clip_factors(norms, max_grad_norm))
+            calls = self._calls(*padded(x, y, self.rows))
+            norms = torch.stack([call.squared_norms() for call in calls]).sum(dim=0).sqrt()
+            usable = _usable(norms[: len(x)])
+            if bool(usable.all()):
+                factors = clip_factors(norms, max_grad_norm)
+                factors[len(x) :] = 0.0
+                return self._sums(calls, factors.to(self.parameters[0].dtype))
             # Zero times infinity is not zero: the others are computed again, without the bad examples.
-            x, y = x[finite], y[finite]
+            x, y = x[usable], y[usable]
             if len(x) == 0:
                 return [torch.zeros_like(parameter) for parameter in self.parameters]
 

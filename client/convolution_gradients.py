@@ -14,7 +14,11 @@ from torch.nn import functional
 from client.layer_gradients import Call, Instantiated, Layer, Positions, Sum, added_up, ghost_pays, squared
 
 _PATCH_VALUES = 2**17
-"""Most patch values that are copied out at once, so that they stay in the processor's cache."""
+"""Most patch values that are copied out at once, so that they stay in the processor's cache.
+
+So many examples are a power of two, which divides the number of rows or is a multiple of what all numbers
+of rows are multiples of: no example is alone where the others are in company.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def _example_convolutions(layer: Layer, inputs: Tensor, output_gradients: Tensor
         n, groups, windows = len(inputs), _of(layer).groups, _windows(layer, inputs)
         outputs, fan_in = len(layer.weight) // groups, layer.weight[0].numel()
         gradients = inputs.new_empty(n * groups, outputs, fan_in)
-        size = max(1, _PATCH_VALUES // windows[0].numel())
+        size = 1 << (max(1, _PATCH_VALUES // windows[0].numel()).bit_length() - 1)
         for start in range(0, n, size):
             patches = windows[start : start + size].reshape(-1, fan_in, output_gradients[0, 0].numel())
             rows = slice(start * groups, start * groups + len(patches))

@@ -5,10 +5,10 @@ the vector (correct, incorrect) on its held-out records, with noise, as one more
 reserved, charged and sealed like an update, under masks of its own purpose.
 
 Guarantee: adding or removing one record changes one of the two counts by 1 and nothing else, because each
-record is counted by itself and decided by itself to be held out. With noise of deviation
-`evaluation.noise_multiplier` on both, the evaluations of a run together have the loss that
-`protocol.evaluation` states. Clamping, rounding and summing are post-processing. It assumes that the
-noise is secret, and rests on no other owner.
+record is counted by itself and decided by itself to be held out, and one that cannot be answered is left
+out by itself. With noise of deviation `evaluation.noise_multiplier` on both, the evaluations of a run
+together have the loss that `protocol.evaluation` states. Clamping, rounding and summing are
+post-processing. It assumes that the noise is secret, and rests on no other owner.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import nn
 
 from client.contribution import Floats
 from client.noise import SecureStream
@@ -99,9 +101,34 @@ def _counts(task: Task, plan: Plan, model_vector: Floats, held_out: Examples) ->
     try:
         model = task.build_model(plan)
         unflatten(model, model_vector)
-        correct = int(np.count_nonzero(task.correct(model, held_out)))
-    except Exception:  # whether counting failed may depend on data: the noise is sent alone
+    except Exception:  # no record has any part in this; the noise is sent alone
         # the owner's own log only: an owner must be able to see that its counts are missing
         _LOG.warning("an evaluation failed and sent its noise alone")
         return np.zeros(COUNTS)
-    return np.array([correct, len(held_out) - correct], dtype=np.float64)
+    counts = np.zeros(COUNTS)
+    waiting, left_out = [slice(0, len(held_out))], False
+    while waiting:
+        part = waiting.pop()
+        records = Examples(held_out.x[part], held_out.y[part])
+        answers = _answers(task, model, records)
+        if answers is not None:
+            right = np.count_nonzero(answers)
+            counts += (right, len(records) - right)
+        elif len(records) > 1:
+            middle = part.start + len(records) // 2
+            waiting += [slice(part.start, middle), slice(middle, part.stop)]
+        else:
+            left_out = True
+    if left_out:
+        _LOG.warning("records that could not be answered were left out of an evaluation")
+    return counts
+
+
+def _answers(task: Task, model: nn.Module, records: Examples) -> NDArray[np.bool_] | None:
+    """Return which records are answered right, or None if that cannot be said of all of them."""
+    if not len(records):
+        return np.zeros(0, dtype=np.bool_)
+    try:
+        return task.correct(model, records)
+    except Exception:  # what went wrong may depend on data, and is told to nobody
+        return None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from client.bookkeeping import BookKeeping, Loss, Untreatable, clip_factors
 from client.hooks import Hooks
+from client.padding import rows_for
 from protocol.errors import LayerUnsupported
 
 _LOG = logging.getLogger("fedseal.client")
@@ -27,7 +28,7 @@ Probe = tuple[Tensor, Tensor]
 """Public examples and targets of the shapes and types that the model takes, at least two."""
 
 BATCH_VALUES = 2**25
-"""Most values held at once for a batch (128 MiB of float32); larger batches are added up in pieces."""
+"""Most values held at once for a batch (128 MiB of float32), but for `ROWS` examples."""
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -41,6 +42,7 @@ class GradientEngine(Protocol):
     name: str
     parameters: list[nn.Parameter]
     values_per_example: int
+    rows: int
 
     def clipped_sums(self, x: Tensor, y: Tensor, max_grad_norm: float) -> list[Tensor]:
         """Return for each trained parameter the sum of the examples' clipped gradients."""
@@ -53,7 +55,9 @@ Sums = Callable[[Tensor, Tensor], list[Tensor]]
 """Gives for a piece of a batch one gradient sum for each trained parameter."""
 
 
-def engine_for(model: nn.Module, loss: Loss, choice: Choice, probe: Probe) -> GradientEngine:
+def engine_for(
+    model: nn.Module, loss: Loss, choice: Choice, probe: Probe, batch: float = 0.0
+) -> GradientEngine:
     """Return the engine that treats a model, and say in the log which one it is.
 
     Args:
@@ -62,6 +66,7 @@ def engine_for(model: nn.Module, loss: Loss, choice: Choice, probe: Probe) -> Gr
         loss: Gives from the model's output and the targets one loss for each example, shape (n,).
         choice: `auto` prefers book-keeping, which costs least.
         probe: Public examples to check the engine on; never private ones.
+        batch: Public number of examples to expect in a batch, for the number of rows of its pieces.
 
     Raises:
         LayerUnsupported: No chosen engine gives the right sum; the detail names the layer.
@@ -77,6 +82,7 @@ def engine_for(model: nn.Module, loss: Loss, choice: Choice, probe: Probe) -> Gr
             try:
                 engine = kinds[name](model, loss)
                 _require_agreement(engine, probe, *expected)
+                engine.rows = rows_for(batch, BATCH_VALUES / engine.values_per_example)
             except Untreatable as error:
                 reasons.append(f"{name}: {error}")
             except Exception as error:
@@ -91,6 +97,10 @@ def engine_for(model: nn.Module, loss: Loss, choice: Choice, probe: Probe) -> Gr
 def batch_sums(engine: GradientEngine, sums_of: Sums, x: Tensor, y: Tensor) -> list[Tensor]:
     """Return the sums of a batch of any size, also of an empty one, in pieces that fit in memory.
 
+    A piece that fails is tried in halves, down to single examples, and only those that fail by themselves
+    count as zero: were it the whole batch, one example could take all others with it. There are fewer than
+    two tries for each example.
+
     Args:
         engine: Of the model that is trained.
         sums_of: Gives the sums of one piece, for example the engine's clipped ones.
@@ -98,18 +108,38 @@ def batch_sums(engine: GradientEngine, sums_of: Sums, x: Tensor, y: Tensor) -> l
         y: Targets, shape (n, ...).
 
     Returns:
-        One tensor for each of the engine's parameters.
+        One tensor for each of the engine's parameters, finite unless the total of finite pieces is not.
 
     Guarantee: if one example changes what `sums_of` returns by at most some L2 norm over all tensors
-    together, it changes the result by at most that norm, up to the rounding of float32.
+    together, and either fails by itself or lets nobody fail, it changes the result by at most that norm,
+    up to the rounding of the sum.
     """
-    pieces = max(1, math.ceil(len(x) * engine.values_per_example / BATCH_VALUES))
-    size = max(1, math.ceil(len(x) / pieces))
     totals = [torch.zeros_like(parameter, requires_grad=False) for parameter in engine.parameters]
-    for start in range(0, len(x), size):
-        sums = sums_of(x[start : start + size], y[start : start + size])
-        totals = sums if start == 0 else [a + b for a, b in zip(totals, sums, strict=True)]
+    waiting = [slice(start, start + engine.rows) for start in range(0, len(x), engine.rows)][::-1]
+    left_out = False
+    while waiting:
+        piece = waiting.pop()
+        sums = _finite(sums_of, x[piece], y[piece])
+        if sums is not None:
+            totals = [a + b for a, b in zip(totals, sums, strict=True)]
+        elif (count := len(x[piece])) > 1:
+            middle = piece.start + count // 2
+            waiting += [slice(middle, piece.start + count), slice(piece.start, middle)]
+        else:
+            left_out = True
+    if left_out:
+        # the owner's own log only: an owner must be able to see that examples of its own are lost
+        _LOG.warning("examples whose gradients could not be computed were left out of a training step")
     return totals
+
+
+def _finite(sums_of: Sums, x: Tensor, y: Tensor) -> list[Tensor] | None:
+    """Return the sums of a piece, or None if they cannot be computed or are not finite."""
+    try:
+        sums = sums_of(x, y)
+    except Exception:  # what went wrong may depend on data, and is told to nobody
+        return None
+    return sums if all(math.isfinite(float(total.double().sum())) for total in sums) else None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Opacus' hooks as a gradient engine: every example's gradient is made, then clipped and added up.
+"""Opacus' hooks as a gradient engine: every example's gradient is made by them, then clipped and added up.
 
 It treats more layers than book-keeping (recurrent ones, layers that are used twice, parameters outside
 layers), at two to seven times the cost of a plain step.
@@ -12,7 +12,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from client.bookkeeping import Loss
+from client.bookkeeping import Loss, clip_factors
+from client.layer_gradients import added_up, squared
+from client.padding import ROWS, padded
 from protocol.environment import root_logger_kept
 
 with root_logger_kept():
@@ -24,12 +26,13 @@ __all__ = ["DPOptimizer", "Hooks", "ModuleValidator"]
 
 
 class Hooks:
-    """The engine of Opacus' GradSampleModule and its DPOptimizer's clipping.
+    """The engine of Opacus' GradSampleModule.
 
     Attributes:
         name: Name in plans and logs.
         parameters: The trained parameters, in the model's order.
         values_per_example: Values that one example holds in memory.
+        rows: Number of rows that a batch is filled up to a multiple of.
 
     Args:
         model: Gets Opacus' hooks; must be in training mode, its forward pass takes the examples as first
@@ -43,6 +46,7 @@ class Hooks:
         self._model, self._loss = GradSampleModule(model, loss_reduction="sum"), loss
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.values_per_example = sum(parameter.numel() for parameter in self.parameters)
+        self.rows = ROWS
         self._clipper = DPOptimizer(
             torch.optim.SGD(self.parameters, lr=0.0),
             noise_multiplier=0.0,
@@ -62,6 +66,9 @@ class Hooks:
         Returns:
             Tensors of the parameters' shapes. An example whose gradient is not finite counts as zero.
 
+        Guarantee: if n is at most `rows`, what an example adds does not depend on the others, up to the
+        rounding of the sum.
+
         Raises:
             ValueError: Opacus has no gradient of each example for a parameter.
         """
@@ -69,11 +76,9 @@ class Hooks:
             with warnings.catch_warnings():
                 # no gradient flows to the examples themselves, and none is needed
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
-                torch.autograd.backward(self._loss(self._model(x), y).sum())
-            self._drop_bad_examples(len(x))
-            self._clipper.max_grad_norm = max_grad_norm
-            self._clipper.clip_and_accumulate()
-            return [parameter.summed_grad.detach() for parameter in self._clipper.params]
+                filled = padded(x, y, self.rows)
+                torch.autograd.backward(self._loss(self._model(filled[0]), filled[1]).sum())
+            return self._clipped(len(filled[0]), len(x), max_grad_norm)
         finally:
             self._clipper.zero_grad(set_to_none=True)
             self._forget()
@@ -86,15 +91,24 @@ class Hooks:
         """
         return self.clipped_sums(x, y, math.inf)
 
-    def _drop_bad_examples(self, n: int) -> None:
+    def _clipped(self, rows: int, n: int, max_grad_norm: float) -> list[Tensor]:
+        """Return the sums of the first n examples' clipped gradients.
+
+        The norms are not Opacus' own, which are added up in float32 and then too small for long gradients.
+        """
         samples = self._clipper.grad_samples
-        if any(len(gradient) != n for gradient in samples):
+        if any(len(gradient) != rows for gradient in samples):
             raise ValueError("a parameter has no gradient of each example")
-        norms = torch.stack([gradient.flatten(start_dim=1).norm(dim=1) for gradient in samples])
-        bad = ~torch.isfinite(norms.norm(dim=0))
-        if bool(bad.any()):
+        norms = added_up([squared(gradient.flatten(start_dim=1)) for gradient in samples]).sqrt()
+        factors = clip_factors(norms, max_grad_norm)
+        factors[n:] = 0.0
+        if bool((factors == 0.0).any()):
+            # zero times infinity is not zero
             for gradient in samples:
-                gradient[bad] = 0.0
+                gradient[factors == 0.0] = 0.0
+        return [
+            torch.einsum("i,i...", factors.to(gradient.dtype), gradient).detach() for gradient in samples
+        ]
 
     def _forget(self) -> None:
         """Drop what the hooks keep of a forward pass that never reached its backward pass."""

@@ -11,6 +11,7 @@ a sum over pairs of positions (the *ghost norm*, Goodfellow 2015, Li et al. 2022
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -21,6 +22,16 @@ from torch.nn import functional
 
 Sum = tuple[nn.Parameter, Tensor]
 """A parameter and a gradient of its shape."""
+
+LARGEST_INPUT = 1e18
+"""Norm of an input above which the rounding of a tiny weighted output gradient, which has few digits left,
+could grow into something that matters; such an example counts as one whose gradient is not finite."""
+
+_SMALL, _LARGE = 1e-9, 1e8
+"""Lengths of an example's longest input or output gradient whose products of four fit into float32."""
+
+_PIECE = 1024
+"""Values of which a norm is computed in float32; more of them are added up in float64."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,10 @@ class Call(Protocol):
     """What one layer contributes for one batch."""
 
     def squared_norms(self) -> Tensor:
-        """Return the squared L2 norm of each example's gradient of this layer, shape (n,)."""
+        """Return the squared L2 norm of each example's gradient of this layer, float64 (n,).
+
+        It is never smaller than the true one by more than rounding, and infinite where it is not known.
+        """
 
     def weighted_sums(self, weights: Tensor) -> list[Sum]:
         """Return for each trained parameter the sum of the examples' gradients times `weights` (n,)."""
@@ -84,7 +98,7 @@ class Rows:
 
     def squared_norms(self) -> Tensor:
         """Return |b|^2 |a|^2 for the weight, |b|^2 for the bias."""
-        factor = squared(self.inputs) if self.layer.weight is not None else 0.0
+        factor = _bounded(squared(self.inputs)) if self.layer.weight is not None else 0.0
         return squared(self.output_gradients) * (factor + (self.layer.bias is not None))
 
     def weighted_sums(self, weights: Tensor) -> list[Sum]:
@@ -102,7 +116,8 @@ class Positions:
 
     Rounding can hide the norm where the positions' outer products nearly cancel. Examples for which
     this may be so (squared norm below `1 / (16 t)` of what it is without cancellation) have their
-    gradient instantiated, so that no record can be larger than it appears.
+    gradient instantiated, so that no record can be larger than it appears. So have examples whose values
+    are so small or large that products of them leave the range of float32.
     """
 
     layer: Layer
@@ -111,21 +126,26 @@ class Positions:
 
     def squared_norms(self) -> Tensor:
         """Return the sum over pairs of positions, and |sum_t b_t|^2 for the bias."""
-        a_lengths = torch.linalg.vector_norm(self.inputs, dim=2)
-        b_lengths = torch.linalg.vector_norm(self.output_gradients, dim=2)
+        a_lengths = _bounded(squared(self.inputs)).sqrt()
+        b_lengths = squared(self.output_gradients).sqrt()
         parts = []
         if self.layer.weight is not None:
-            parts.append(self._weight_norms((a_lengths * b_lengths).sum(dim=1)))
+            parts.append(self._weight_norms(a_lengths, b_lengths))
         if self.layer.bias is not None:
             parts.append(squared(self.output_gradients.sum(dim=1)))
         return not_below_rounding(added_up(parts), (b_lengths * (1 + a_lengths)).sum(dim=1))
 
-    def _weight_norms(self, reach: Tensor) -> Tensor:
+    def _weight_norms(self, a_lengths: Tensor, b_lengths: Tensor) -> Tensor:
         a, b = self.inputs, self.output_gradients
-        squares: Tensor = torch.linalg.vecdot(torch.bmm(a, a.mT).flatten(1), torch.bmm(b, b.mT).flatten(1))
+        reach = (a_lengths * b_lengths).sum(dim=1)
+        products: Tensor = torch.linalg.vecdot(torch.bmm(a, a.mT).flatten(1), torch.bmm(b, b.mT).flatten(1))
+        squares = products.double()
         doubtful = ~(squares * (16 * a.shape[1]) >= reach.square())
+        for longest in (a_lengths.amax(dim=1), b_lengths.amax(dim=1)):
+            # an example of nothing but zeros has a norm of zero, and needs no second look
+            doubtful |= ((longest < _SMALL) | (longest > _LARGE)) & (longest > 0)
         for index in doubtful.nonzero().flatten().tolist():
-            squares[index] = (b[index].T @ a[index]).square().sum()
+            squares[index] = (b[index].T.double() @ a[index].double()).square().sum()
         return squares
 
     def weighted_sums(self, weights: Tensor) -> list[Sum]:
@@ -157,8 +177,8 @@ class Lookups:
         added = rows.new_zeros(len(unique), rows.shape[-1])
         added.index_add_(0, position.flatten(), rows.flatten(0, 1))
         owners = torch.div(unique, self.parameter.shape[0], rounding_mode="floor")
-        squares = rows.new_zeros(n).index_add_(0, owners, squared(added))
-        return not_below_rounding(squares, torch.linalg.vector_norm(rows, dim=2).sum(dim=1))
+        squares = rows.new_zeros(n, dtype=torch.float64).index_add_(0, owners, squared(added))
+        return not_below_rounding(squares, squared(rows).sqrt().sum(dim=1))
 
     def weighted_sums(self, weights: Tensor) -> list[Sum]:
         """Return the weighted rows, added up by index."""
@@ -254,16 +274,36 @@ def not_below_rounding(squares: Tensor, reach: Tensor) -> Tensor:
     what is left in the sum may be larger than the norm; the larger of the two clips the example.
 
     Args:
-        squares: Computed squared norms, shape (n,).
-        reach: The norm if nothing cancelled, shape (n,); float32 rounds to 2^-24 of it.
+        squares: Computed squared norms, float64 (n,).
+        reach: The norm if nothing cancelled, float64 (n,); float32 rounds to 2^-24 of it.
     """
     return torch.maximum(squares, (reach * 2.0**-18).square())
 
 
 def squared(rows: Tensor) -> Tensor:
-    """Return the squared L2 norm along the last dimension."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
-    return norms.square()
+    """Return the squared L2 norm along the last dimension, in float64 and exact to about 1e-6.
+
+    In float32, the squares of values below 1e-23 vanish, those of values above 1e19 overflow, and a sum of
+    millions of equal squares loses a hundredth. So float32 adds up pieces only, and rows of extreme norm
+    are computed again.
+    """
+    if rows.dtype == torch.float64:
+        wide: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+        return wide.square()
+    whole = rows.shape[-1] - rows.shape[-1] % _PIECE
+    squares: Tensor = torch.linalg.vector_norm(rows[..., whole:], dim=-1).double().square()
+    if whole:
+        pieces = rows[..., :whole].view(*rows.shape[:-1], -1, _PIECE)
+        squares = squares + torch.linalg.vector_norm(pieces, dim=-1).double().square().sum(dim=-1)
+    extreme = ~((squares >= 1e-24) & (squares <= 1e30))
+    if bool(extreme.any()):
+        squares[extreme] = rows[extreme].double().square().sum(dim=-1)
+    return squares
+
+
+def _bounded(squares: Tensor) -> Tensor:
+    """Return squared norms of inputs; infinite where an input is larger than `LARGEST_INPUT`."""
+    return squares.masked_fill(~(squares <= LARGEST_INPUT**2), math.inf)
 
 
 def added_up(parts: list[Tensor]) -> Tensor:

@@ -34,7 +34,8 @@ class Spent:
         noise: The run's noise; with `distributed`, `epsilon` rests on other owners' noise.
         epsilon: Privacy loss of one unit; None if updates were made without noise.
         epsilon_worst: The same if all other owners collude; equal to `epsilon` with local noise.
-        delta: Probability that the bound fails; counts from the first reservation.
+        delta: Probability that the bound fails; of training and of evaluations it counts as soon and as
+            long as one attempt is charged.
         evaluation_epsilon: The part of `epsilon`, and of `epsilon_worst`, that evaluations cost.
         evaluation_delta: The part of `delta` that they cost.
         sealed: Training attempts that were committed.
@@ -125,7 +126,10 @@ class RunSpending:
         return Mechanism(1.0, terms.noise_multiplier, terms.noise_multiplier, 1, terms.delta)
 
     def cost(self, rounds: int, evaluations: int) -> Cost | None:
-        """Return the price of the schedule's first rounds and evaluations; None without noise."""
+        """Return the price of the schedule's first rounds and evaluations; None without noise.
+
+        What never happened has no delta: nothing of it was released that a bound could fail for.
+        """
         priced, evaluation = self.priced(), self.priced_evaluation()
         if priced is None:
             return None
@@ -134,7 +138,7 @@ class RunSpending:
             unit=self.opened.unit,
             epsilon=priced.epsilon(rounds) + added,
             epsilon_worst=priced.worst_epsilon(rounds) + added,
-            delta=self.opened.delta + (0.0 if evaluation is None else evaluation.delta),
+            delta=(self.opened.delta if rounds else 0.0) + self._evaluation_delta(evaluations),
         )
 
     def cost_with(self, purpose: Purpose) -> Cost | None:
@@ -147,22 +151,23 @@ class RunSpending:
         rounds, evaluations = self.charged("train"), self.charged("evaluate")
         cost = self.cost(rounds, evaluations)
         unprotected = None if rounds + evaluations else 0.0
-        used = {purpose for purpose in self.purposes.values() if cost is not None}
-        terms = self.opened.evaluation
-        evaluation_delta = terms.delta if terms is not None and "evaluate" in used else 0.0
         return Spent(
             unit=self.opened.unit,
             noise=self.opened.noise,
             epsilon=unprotected if cost is None else cost.epsilon,
             epsilon_worst=unprotected if cost is None else cost.epsilon_worst,
-            delta=evaluation_delta + (self.opened.delta if "train" in used else 0.0),
+            delta=0.0 if cost is None else cost.delta,
             evaluation_epsilon=self._evaluation_epsilon(evaluations),
-            evaluation_delta=evaluation_delta,
+            evaluation_delta=0.0 if cost is None else self._evaluation_delta(evaluations),
             sealed=self._count("commit", "train"),
             sealed_evaluations=self._count("commit", "evaluate"),
             void=sum(self._count("void", purpose) for purpose in PURPOSES),
             reserved=sum(self._count("reserve", purpose) for purpose in PURPOSES),
         )
+
+    def _evaluation_delta(self, evaluations: int) -> float:
+        terms = self.opened.evaluation
+        return terms.delta if terms is not None and evaluations else 0.0
 
     def _evaluation_epsilon(self, evaluations: int) -> float | None:
         if not evaluations:

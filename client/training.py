@@ -3,7 +3,8 @@
 What differs from Opacus' own engine, and why: the coins and the noise come from a stream that nobody
 can repeat, with a fresh key in every step; the sampling rate and the divisor are the plan's public
 constants, because numbers made from the owner's record count would disclose it and break the
-guarantee; and an example with a gradient that is not finite counts as zero instead of stopping.
+guarantee; and an example whose gradient is not finite, or cannot be computed, counts as zero by itself
+instead of stopping the step.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ def plain_update(task: Task, plan: Plan, model_vector: Floats, examples: Example
         examples: The owner's data; may be empty.
 
     Returns:
-        Trained minus given model, float64, shape (n_params,). A step that fails changes nothing, an
-        example whose gradient is not finite counts as zero.
+        Trained minus given model, float64, shape (n_params,). An example whose gradient is not finite, or
+        cannot be computed, counts as zero.
 
     Raises:
         ModelUnsafe, NoiseSeeded, SamplerReplaced, ModelMismatch, TrainingFailed: As `local_update`.
@@ -157,10 +158,10 @@ def clipped_sum(task: Task, plan: Plan, model_vector: Floats, examples: Examples
         examples: The owner's data; may be empty.
 
     Returns:
-        float64, shape (n_params,), zero for frozen parameters; a step along it makes the loss larger. A
-        batch that fails gives zeros.
+        float64, shape (n_params,), zero for frozen parameters; a step along it makes the loss larger. An
+        example whose gradient cannot be computed counts as zero.
 
-    Guarantee: one example changes the sum by at most `max_grad_norm` in L2, up to the rounding of float32.
+    Guarantee: one example changes the sum by at most `max_grad_norm` in L2, up to the rounding of the sum.
 
     Raises:
         ModelUnsafe, NoiseSeeded, SamplerReplaced, ModelMismatch, TrainingFailed: As `local_update`.
@@ -197,7 +198,8 @@ def _prepared(task: Task, plan: Plan, model_vector: Floats, examples: Examples) 
     probe = probe_for(examples.x, examples.y)
     require_safe(model, task.loss, probe)
     require_secret_randomness(SecureStream, plan.privacy.sample_rate)
-    return model, engine_for(model, task.loss, plan.training.gradient_engine, probe)
+    batch = plan.privacy.expected_batch_size
+    return model, engine_for(model, task.loss, plan.training.gradient_engine, probe, batch)
 
 
 def _train(prepared: Prepared, plan: Plan, examples: Examples, noise_multiplier: float) -> Floats:
@@ -221,7 +223,12 @@ def _train(prepared: Prepared, plan: Plan, examples: Examples, noise_multiplier:
 def _sampled_sums(
     engine: GradientEngine, sums_of: Sums, plan: Plan, examples: Examples, stream: SecureStream
 ) -> list[Tensor]:
-    """Return the sums of one Poisson batch; zeros if they fail, so that nobody learns that they failed."""
+    """Return the sums of one Poisson batch.
+
+    Examples that fail are left out by `batch_sums`. What else can fail is the machine (no memory for the
+    batch itself) or a total that is not finite, which clipped gradients do not add up to: then the sums are
+    zeros, so that nobody learns of it.
+    """
     chosen = require_own(stream).coins(len(examples), plan.privacy.sample_rate)
     try:
         sums = sums_of(torch.from_numpy(examples.x[chosen]), torch.from_numpy(examples.y[chosen]))

@@ -71,16 +71,17 @@ def signed_bodies(r):
     run = (None, r["subject"]["run"])
     return [(f["signer"], f["body"]) for f in r["findings"] if f["valid"] and f["body"]["run"] in run]
 def tested(r, m):
-    p, noisy = r["promise"], r["promise"]["noise"] != "none"
-    on = {"always": True, "noise": noisy, "noise per example": noisy and p["unit"] == "example",
-          "sampling": p["sample_rate"] < 1, "BFV": r["encryption"]["scheme"] == "BFV"}
-    need = {test for group in on if on[group] for test in TESTS[group]["enum"]}
+    p, noisy, day = r["promise"], r["promise"]["noise"] != "none", m["made_at"][:10]
+    mine = noisy and p["unit"] == "example"
+    on = {"always": True, "noise": noisy, "own model": noisy, "noise per example": mine, "sampling":
+          p["sample_rate"] < 1, "BFV": r["encryption"]["scheme"] == "BFV", "own model per example": mine}
+    need = {t for g, new in TESTS.items() if on[g] and new.get("since", "") <= day for t in new["enum"]}
     have = {t["test"] for t in m["conformance"] if t["threshold"] >= 1e-6 and t["samples"]}
     bad = any(t["p_value"] < max(t["threshold"], 1e-6) for t in m["conformance"])
     return bad, not need <= have or m["plan_hash"] != r["subject"]["plan_hash"]
 def lab_checks(r):
     p, s, lab = r["promise"], r["subject"], r["laboratory"] or {"ciphertexts": 0, "ciphertexts_repeated": 0}
-    mechanism = lab.get("mechanism", {"conformance": [], "bounds": [], "plan_hash": ""})
+    mechanism = lab.get("mechanism", {"conformance": [], "bounds": [], "plan_hash": "", "made_at": ""})
     mia, tried, scans = (lab.get(k, []) for k in ("membership", "inversion", "markers"))
     states = {"mechanism-conformance": tested(r, mechanism)}
     made = [mechanism] + [b["mechanism"] for _, b in signed_bodies(r)]
@@ -134,14 +135,13 @@ def owner_checks(r):
 def main(path):
     r = json.loads(text := Path(path).read_text())
     Draft202012Validator(SCHEMA).validate(r)
-    states = run_checks(r) | lab_checks(r)
-    states |= owner_checks(r) if r["subject"]["kind"] == "deployment" else {}
+    own = owner_checks(r) if r["subject"]["kind"] == "deployment" else {}
+    states = run_checks(r) | lab_checks(r) | own
     found = {k: "fail" if bad else "missing" if lack else "pass" for k, (bad, lack) in states.items()}
     worst = max(("pass", "missing", "fail").index(state) for state in found.values())
-    verdict = ("PASS", "INCONCLUSIVE", "FAIL")[worst]
     stated = {c["id"]: c["status"] for c in r["checks"] if c["status"] != "not applicable"}
-    agrees = (found, verdict) == (stated, r["verdict"]["status"])
-    agrees &= r["signature"] is None or signature_holds(r)
+    verdict, seal = ("PASS", "INCONCLUSIVE", "FAIL")[worst], r["signature"] is None or signature_holds(r)
+    agrees = seal and (found, verdict) == (stated, r["verdict"]["status"])
     agrees &= json.dumps(r, indent=2, sort_keys=True, allow_nan=False) + "\n" == text
     print(verdict if agrees else f"It does not agree. Found: {found}")
     return (0, 2, 1)[worst] if agrees else 3

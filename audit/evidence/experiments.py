@@ -63,10 +63,21 @@ REQUIRED_TESTS: Final = {
     "noise per example": ("clip-own-model",),
     "sampling": ("batch-dispersion", "record-dispersion"),
     "BFV": ("masked",),
+    "own model": (
+        "noise-scale-own-model",
+        "noise-distribution-own-model",
+        "noise-across-coordinates-own-model",
+        "noise-across-rounds-own-model",
+    ),
+    "own model per example": ("clip-in-pieces",),
 }
 """Tests without which the mechanism counts as untested: in any plan, and in plans with noise, with noise
-per example, with a sample rate below 1, and with BFV. They are all that are made, so that none can be left
-out because it failed. The schema names them too, for readers without this code."""
+per example, with a sample rate below 1, and with BFV; on the plan's own model, in plans with noise and with
+noise per example. They are all that are made, so that none can be left out because it failed. The schema
+names them too, for readers without this code."""
+
+REQUIRED_SINCE: Final = {"own model": "2026-12-02", "own model per example": "2026-12-02"}
+"""Day from which on evidence must have the tests of a group; what was made before is judged without."""
 
 
 class ConformanceTest(Evidence):

@@ -24,6 +24,7 @@ from audit.laboratory.canaries import (
     records_of_client,
     step_scale,
 )
+from audit.laboratory.own_model import own_model_tests
 from audit.laboratory.record_tests import (
     FEW_RECORDS,
     Sample,
@@ -55,6 +56,7 @@ def training_tests(plan: Plan, sample: Sample) -> list[ConformanceTest]:
     if plan.privacy.noise != "none":
         results += noise_tests(plan, sample)
         results += update_clip_tests(plan) if plan.privacy.unit == "client" else example_clip_tests(plan)
+        results += own_model_tests(plan, sample)
     return results
 
 

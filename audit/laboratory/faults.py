@@ -33,11 +33,14 @@ from crypto.secret import SealKey
 from protocol.accounting import Mechanism
 from protocol.plan import Plan
 from tasks.images import Examples
+from tasks.registry import task_for
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Layer = Literal["training", "sealing", "signatures", "ledger", "export"]
 Maker = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_NOISE_BLOCK = 2**15
 
 _ACTIVE: ContextVar[bool] = ContextVar("fault", default=False)
 _LOCK = threading.RLock()
@@ -126,6 +129,36 @@ def _noise_repeated_in_the_model() -> AbstractContextManager[None]:
         return lambda stream, n: np.resize(gaussian(stream, max(1, n // 4)), n)
 
     return _stream("gaussian", make)
+
+
+def _noise_repeated_after_a_block() -> AbstractContextManager[None]:
+    def make(gaussian: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda stream, n: np.resize(gaussian(stream, min(n, _NOISE_BLOCK)), n)
+
+    return _stream("gaussian", make)
+
+
+@contextmanager
+def _halved_at_the_own_size() -> Iterator[None]:
+    """Halve the noise where it is drawn for as many values as the plan's own model has, nowhere else."""
+    state = {"size": 0}
+
+    def preparing(prepared: Callable[..., Any]) -> Callable[..., Any]:
+        def begin(task: Any, plan: Plan, model_vector: Floats, examples: Examples) -> Any:
+            state["size"] = sum(p.numel() for p in task_for(plan).build_model(plan).parameters())
+            return prepared(task, plan, model_vector, examples)
+
+        return begin
+
+    def make(gaussian: Callable[..., Any]) -> Callable[..., Any]:
+        def halved(stream: SecureStream, n: int) -> Floats:
+            values: Floats = gaussian(stream, n) * (0.5 if n == state["size"] else 1.0)
+            return values
+
+        return halved
+
+    with replaced(client.training, "_prepared", preparing), _stream("gaussian", make):
+        yield
 
 
 @contextmanager
@@ -319,6 +352,18 @@ FAULTS = (
     Fault("noise of another shape", "training", "noise-distribution", _noise_of_another_shape),
     Fault(
         "noise repeated in the model", "training", "noise-across-coordinates", _noise_repeated_in_the_model
+    ),
+    Fault(
+        "noise repeated after 32,768 values",
+        "training",
+        "noise-across-coordinates-own-model",
+        _noise_repeated_after_a_block,
+    ),
+    Fault(
+        "half the noise at the plan's own model size",
+        "training",
+        "noise-scale-own-model",
+        _halved_at_the_own_size,
     ),
     Fault(
         "noise seed reused per round",

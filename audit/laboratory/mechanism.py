@@ -20,6 +20,7 @@ import client.layer_gradients
 import client.ledger
 import client.membership
 import client.noise
+import client.padding
 import client.safety
 import client.spending
 import client.training
@@ -65,6 +66,7 @@ AUDITED: tuple[ModuleType, ...] = (
     client.ledger,
     client.membership,
     client.noise,
+    client.padding,
     client.safety,
     client.spending,
     client.training,

@@ -81,13 +81,16 @@ class SelfTest:
 
 
 def small_plan() -> Plan:
-    """Return the resolved plan that self-tests run: three owners, two steps in each of eight rounds."""
+    """Return the resolved plan that self-tests run: three owners, two steps in each of eight rounds.
+
+    Its model has 38,410 parameters: more than a block of noise, and more than the canaries' layer.
+    """
     return resolve(
         Plan.from_fields(
             {
                 "run": {"name": "selftest", "rounds": 8, "paid_spares": 0},
                 "task": {"name": "image-classification", "input_shape": [8, 8], "classes": 10},
-                "model": {"name": "mlp", "hidden": [32]},
+                "model": {"name": "mlp", "hidden": [512]},
                 "cohort": {"minimum": 3, "maximum": 3},
                 "training": {"local_steps": 2, "learning_rate": 0.5},
                 "privacy": {

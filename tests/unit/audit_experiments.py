@@ -13,7 +13,7 @@ from audit.evidence.experiments import REQUIRED_TESTS, LabEvidence, OwnerFinding
 from audit.evidence.findings import sign_findings
 from protocol.accounting import epsilon_after
 from protocol.messages import Signed
-from tests.unit.audit_evidence import NOW, OWNERS, credentials, plan, sha
+from tests.unit.audit_evidence import OWNERS, credentials, plan, sha
 
 _EXPECTED = {
     "noise-scale": (1.0004, 1.0),
@@ -40,9 +40,15 @@ _EXPECTED = {
     "frames-uniform": (0.0009, 0.001),
     "frames-fresh": (0.0, 0.0),
     "sum-exact": (0.0, 0.0),
+    "noise-scale-own-model": (1.004, 1.0),
+    "noise-distribution-own-model": (0.0039, 0.0038),
+    "noise-across-coordinates-own-model": (0.0104, 0.0109),
+    "noise-across-rounds-own-model": (0.0057, 0.0063),
+    "clip-in-pieces": (1.0, 1.0),
 }
 _METHODS = ("one run", "one run, f-DP", "Clopper-Pearson, Gaussian")
 _BOUNDS = {"update": (0.6, 0.76, 1.3), "opened sum": (0.31, 0.44, 0.68), "exported model": (0.0, 0.0, 0.12)}
+MADE_AT = "2026-12-24T12:00:00+00:00"
 CUSTODY = (
     ("signing key", "sealed file", "0600", True),
     ("transport key", "sealed file", "0600", True),
@@ -78,7 +84,9 @@ def _bound(method: str, observer: str, epsilon: float, control: float | None) ->
 
 def mechanism_fields(noise: str = "local", rounds: int = 8) -> dict[str, Any]:
     """Fields of `MechanismEvidence` for the plan of a run; with noise, nothing is wrong."""
-    groups = [group for group in REQUIRED_TESTS if noise != "none" or not group.startswith("noise")]
+    groups = [
+        group for group in REQUIRED_TESTS if noise != "none" or not group.startswith(("noise", "own"))
+    ]
     bounds = [
         _bound(method, observer, epsilon, 7.1 if observer != "exported model" else 0.4)
         for observer, values in _BOUNDS.items()
@@ -88,7 +96,7 @@ def mechanism_fields(noise: str = "local", rounds: int = 8) -> dict[str, Any]:
         "plan_hash": plan(noise, rounds).sha256(),
         "code_hash": sha("code"),
         "depth": "quick",
-        "made_at": NOW.isoformat(),
+        "made_at": MADE_AT,
         "conformance": [_test(name) for group in groups for name in REQUIRED_TESTS[group]],
         "bounds": [*bounds, _bound("one run, f-DP", "wire", 0.0, None)] if noise != "none" else [],
     }

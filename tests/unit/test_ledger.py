@@ -76,11 +76,28 @@ def test_a_run_costs_what_its_attempts_cost(ledger: Ledger) -> None:
     assert ledger.totals().epsilon == spent.epsilon
 
 
-def test_a_void_run_still_costs_its_delta(ledger: Ledger) -> None:
+def test_a_void_refunds_delta_with_epsilon(place: tuple[Path, Path]) -> None:
+    """Runs that released nothing must not fill a cap on delta."""
+    ledger = Ledger.open(place[0], make_policy(delta_total=1e-5), place[1])
+    for number in range(3):
+        run = f"{number:064x}"
+        ledger.open_run(run, PLAN)
+        ledger.reserve(run, 1)
+        assert ledger.spent(run).delta == 1e-5
+        ledger.void(run, 1)
+        assert (ledger.spent(run).epsilon, ledger.spent(run).delta) == (0.0, 0.0)
+        ledger.close_run(run)
+    assert (ledger.totals().epsilon, ledger.totals().delta, ledger.totals().unit) == (0.0, 0.0, None)
     ledger.open_run(RUN, PLAN)
     ledger.reserve(RUN, 1)
-    ledger.void(RUN, 1)
-    assert (ledger.spent(RUN).epsilon, ledger.spent(RUN).delta) == (0.0, 1e-5)
+    ledger.close()
+    # the process died with the attempt reserved: it counts as spent
+    again = Ledger.open(place[0], make_policy(delta_total=1e-5), place[1])
+    assert again.totals().delta == 1e-5
+    again.open_run(OTHER, make_plan(private=False))
+    with pytest.raises(BudgetExhausted, match="delta_total"):
+        again.open_run(f"{7:064x}", PLAN)
+    again.close()
 
 
 def test_everything_survives_a_restart(ledger: Ledger, place: tuple[Path, Path]) -> None:

@@ -274,8 +274,8 @@ def test_no_text_about_data_leaves_with_an_error() -> None:
 
 
 def test_a_step_that_fails_sends_its_noise() -> None:
-    """A label outside the classes stops the loss; the answer looks like that of an empty batch."""
-    examples = replace(make_examples(4), y=np.array([0, 1, 2, 99]))
+    """Labels outside the classes stop the loss; the answer looks like that of an empty batch."""
+    examples = replace(make_examples(4), y=np.array([96, 97, 98, 99]))
     plan = make_plan(noise_multiplier=1.0)
     noisy = np.concatenate([update(plan, examples) for _ in range(40)])
     empty = np.concatenate([update(plan, make_examples(0)) for _ in range(40)])
@@ -305,10 +305,14 @@ def test_training_goes_on_after_a_step_that_fails(
 
 
 @pytest.mark.parametrize("train", [plain_update, clipped_sum])
-def test_without_noise_a_step_that_fails_counts_as_zero(train: Any) -> None:
+def test_without_noise_an_example_that_fails_counts_as_zero(train: Any) -> None:
     examples = replace(make_examples(4), y=np.array([0, 1, 2, 99]))
     plan = make_plan(noise_multiplier=1.0)
-    assert not train(TASK, plan, start(plan), examples).any()
+    others = Examples(examples.x[:3], examples.y[:3])
+    expected = train(TASK, plan, start(plan), others)
+    np.testing.assert_allclose(train(TASK, plan, start(plan), examples), expected, rtol=1e-4, atol=1e-8)
+    nobody = replace(examples, y=np.full(4, 99))
+    assert not train(TASK, plan, start(plan), nobody).any()
 
 
 def test_the_plain_update_is_neither_clipped_nor_noised() -> None:
