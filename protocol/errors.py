@@ -547,6 +547,15 @@ class RunBusy(FedsealError):
     exit_code = 7
 
 
+class ExecutorLost(FedsealError):
+    """The program that starts the processes of runs ends again and again."""
+
+    code = "FS-RUN-09"
+    what = "The coordinator cannot keep the program running that starts runs."
+    remedy = "Look at the coordinator's log and its free memory, and start it again; then resume the run."
+    exit_code = 7
+
+
 class CheckpointInvalid(FedsealError):
     """The model of the last finished round is missing or is not the recorded one."""
 

@@ -19,8 +19,10 @@ from server.flower.superlink import SuperLinkOptions
 from server.home import HOME_VARIABLE, IDENTITY, MEMBERS
 from server.listeners.launcher import Coordinator, Sockets, serve
 from server.listeners.sockets import ListenerOptions, listening
+from server.runs import BegunRuns
 
 _RUNTIME = ListenerOptions("127.0.0.1", 0)
+_ENDS_S = 3.0
 
 
 def run_server(
@@ -71,21 +73,24 @@ def run_server(
         forget_addresses(home)
         certificate = key_sha256(credentials.certificate.public_key())
         coordinator.log.record("server.start", certificate=certificate, host=listener.host, port=fleet_port)
+        coordinator.runs.note_ends(lost=True)
         try:
             serve(
                 options, Sockets(owners, runtime), coordinator, partial(_announce, home, addresses, ready)
             )
         finally:
             forget_addresses(home)
+            coordinator.runs.note_all(_ENDS_S)
             coordinator.log.record("server.stop")
             coordinator.log.sign()
 
 
 def _coordinator(home: Path, credentials: ServerCredentials) -> Coordinator:
     trust = load_trust(home / IDENTITY)
-    log = KeptLog(AuditLog(home / FOLDER), "coordinator", credentials.key, credentials.certificate)
+    acts = AuditLog(home / FOLDER)
+    log = KeptLog(acts, "coordinator", credentials.key, credentials.certificate)
     log.begin(trust.authority)
-    return Coordinator(home, trust, log)
+    return Coordinator(home, trust, log, BegunRuns(home, acts))
 
 
 def _announce(home: Path, addresses: Addresses, ready: Callable[[], None] | None) -> None:

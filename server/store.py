@@ -113,6 +113,7 @@ class RunStore:
                 raise RunBusy
             time.sleep(_LOCK_POLL_S)
         self._lock = descriptor
+        self.set("claims", self.get("claims", 0) + 1)
 
     def is_carried_out(self) -> bool:
         """Tell whether some process carries the run out now; the kernel forgets processes that died."""
