@@ -11,7 +11,7 @@ from rich.text import Text
 
 from console.progress import RunProgress
 from console.show import warn_if_unprotected
-from protocol.errors import RunInterrupted, RunPaused
+from protocol.errors import FedsealError, RunInterrupted, RunPaused
 from protocol.plan import Plan
 
 if TYPE_CHECKING:
@@ -71,28 +71,58 @@ def _see_through(
 
     Raises:
         RunPaused, RunInterrupted: It can be resumed; how is printed.
-        RunFailed, ServerUnavailable: See `server.watch.follow`.
+        RunFailed, ServerUnavailable: See `server.watch.follow`. What fails afterwards never takes the place
+            of these.
+        FedsealError: Why a finished run has no package or no report.
     """
-    from audit.conclude import conclude
     from server.watch import follow
 
     plan = store.plan()
     progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")
+    cause: FedsealError | None = None
     try:
         follow(store, progress.show, after)
-    except (RunPaused, RunInterrupted):
+    except FedsealError as error:
+        cause = error
+    if isinstance(cause, RunPaused | RunInterrupted):
         rounds = f"{store.finished_rounds()} of {plan.run.rounds} rounds"
         console.print(Text(f"● paused; {rounds} are finished and kept", style="bold yellow"))
         console.print(f"to go on: fedseal run --resume {store.folder.name} --home {home}", soft_wrap=True)
-        raise
-    finally:
+    try:
         if store.get("state") in ("finished", "failed", "paused"):
-            target = out or store.folder / "result"
-            conclusion = conclude(
-                store, home, key, target, lambda text: progress.show("step", {"text": text})
-            )
-            console.print(
-                f"report: {conclusion.verdict['status']}  {conclusion.report_html}", soft_wrap=True
-            )
-            if conclusion.package is not None:
-                console.print(f"package: {conclusion.package}", soft_wrap=True)
+            _conclude(console, home, store, key, out or store.folder / "result", progress)
+    except Exception as later:
+        if cause is None:
+            raise
+        _say_second(console, later)
+    if cause is not None:
+        raise cause
+
+
+def _conclude(
+    console: Console,
+    home: Path,
+    store: RunStore,
+    key: Ed25519PrivateKey,
+    out: Path,
+    progress: RunProgress,
+) -> None:
+    """Package the model of a finished run, write the report, and say where they are.
+
+    Raises:
+        FedsealError: Why a finished run has no package; its report is written before.
+    """
+    from audit.conclude import conclude
+
+    conclusion = conclude(store, home, key, out, lambda text: progress.show("step", {"text": text}))
+    console.print(f"report: {conclusion.verdict['status']}  {conclusion.report_html}", soft_wrap=True)
+    if conclusion.package is not None:
+        console.print(f"package: {conclusion.package}", soft_wrap=True)
+    if conclusion.problem is not None:
+        raise conclusion.problem
+
+
+def _say_second(console: Console, later: Exception) -> None:
+    """Tell of a failure that followed another, which decides how the command ends."""
+    said = later.explain() if isinstance(later, FedsealError) else f"{type(later).__name__}: {later}"
+    console.print(Text(f"after that, the report could not be written: {said}", style="yellow"))

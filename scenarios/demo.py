@@ -85,6 +85,8 @@ def run_demo(options: DemoOptions, listen: Listener) -> dict[str, Any]:
         options.out / "result",
         lambda text: listen("step", {"text": text}),
     )
+    if conclusion.problem is not None:
+        raise conclusion.problem
     summary = summarize(store, federation, conclusion, time.monotonic() - started)
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     store.close()

@@ -351,6 +351,10 @@ class RunStore:
             raise CheckpointInvalid
         return model
 
+    def has_checkpoint(self, round_number: int) -> bool:
+        """Tell whether a model was written for a round; only reading it tells whether it is sound."""
+        return self._checkpoint(round_number).exists()
+
     def _said_of(self, round_number: int, model: GlobalModel) -> dict[str, str]:
         """Return what a checkpoint says of the model that it holds."""
         return {
