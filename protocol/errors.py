@@ -289,6 +289,15 @@ class RunFailed(FedsealError):
     exit_code = 12
 
 
+class ModelRanAway(RunFailed):
+    """A round's model is not finite, or one of its weights is beyond the bound of all plans."""
+
+    code = "FS-RUN-08"
+    what = "The model ran away: a weight is not finite or is larger than 10,000."
+    remedy = "Start a new run with smaller learning rates (training, server_optimizer); this one is over."
+    exit_code = 12
+
+
 class ServerUnavailable(FedsealError):
     """The coordinator does not answer or refuses the connection."""
 
@@ -322,6 +331,24 @@ class CompressionRefused(FedsealError):
     code = "FS-PACKAGE-02"
     what = "A compression step was refused."
     remedy = "Lower compression.prune_ratio or raise compression.max_accuracy_drop."
+    exit_code = 9
+
+
+class PackageImpossible(CompressionRefused):
+    """The plan's model cannot be packaged with the plan's settings, trained or not."""
+
+    code = "FS-PACKAGE-04"
+    what = "This plan's model cannot be packaged with the plan's compression settings."
+    remedy = "Choose another prune_ratio, quantize or model in the plan; nothing was trained or charged."
+    exit_code = 9
+
+
+class ModelNotFinite(CompressionRefused):
+    """A model to be packaged has weights or answers that are not finite."""
+
+    code = "FS-PACKAGE-05"
+    what = "The model is not finite and cannot be packaged."
+    remedy = "Start a new run with smaller learning rates; no setting of compression mends this model."
     exit_code = 9
 
 
@@ -554,6 +581,17 @@ class ExecutorLost(FedsealError):
     what = "The coordinator cannot keep the program running that starts runs."
     remedy = "Look at the coordinator's log and its free memory, and start it again; then resume the run."
     exit_code = 7
+
+
+class ResultUndeliverable(FedsealError):
+    """What a run would end in could not be written, as was found before anybody joined."""
+
+    code = "FS-RUN-10"
+    what = "The result of this run could not be written; it was not begun."
+    remedy = (
+        "Choose another --out, make the named folder writable, or free disk space; nothing was charged."
+    )
+    exit_code = 10
 
 
 class CheckpointInvalid(FedsealError):
