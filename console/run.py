@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,15 @@ def begin_run(
     link: ControlLink,
 ) -> None:
     """Submit a plan as a new run and see it through."""
+    from audit.deliverable import require_deliverable
     from server.addresses import read_addresses
     from server.release import release_key
     from server.submit import prepare_run, submit
+    from tasks.resolve import resolve
 
     read_addresses(home)
     key = release_key(home, passphrase)
+    require_deliverable(resolve(plan), home, out)
     warn_if_unprotected(console, plan)
     store = prepare_run(home, plan, public_data)
     console.print(f"run folder: {store.folder}", soft_wrap=True)
@@ -43,18 +47,32 @@ def begin_run(
 
 
 def resume_run(
-    console: Console, home: Path, run: str, out: Path | None, passphrase: bytes, link: ControlLink
+    console: Console,
+    home: Path,
+    run: str,
+    public_data: Path | None,
+    out: Path | None,
+    passphrase: bytes,
+    link: ControlLink,
 ) -> None:
-    """Go on with a run after its last finished round, or only follow it where it is under way."""
+    """Go on with a run after its last finished round, or only follow it where it is under way.
+
+    A finished run gets its package and report again, measured on the public data if some are given.
+    """
+    from audit.deliverable import require_deliverable
     from server.release import release_key
     from server.runs import note_interruption, open_run
-    from server.submit import submit
+    from server.submit import add_public_data, submit
     from server.watch import last_event
 
     store = open_run(home, run)
     key = release_key(home, passphrase)
     note_interruption(store)
     plan, after = store.plan(), last_event(store)
+    if store.get("state") != "failed":
+        require_deliverable(plan, home, out, store)
+    if public_data is not None:
+        add_public_data(store, plan, public_data)
     warn_if_unprotected(console, plan)
     console.print(f"run folder: {store.folder}", soft_wrap=True)
     finished = f"{store.finished_rounds()} of {plan.run.rounds} rounds are finished"
@@ -90,13 +108,25 @@ def _see_through(
         console.print(f"to go on: fedseal run --resume {store.folder.name} --home {home}", soft_wrap=True)
     try:
         if store.get("state") in ("finished", "failed", "paused"):
-            _conclude(console, home, store, key, out or store.folder / "result", progress)
+            _conclude(console, home, store, key, out or _own_folder(store, plan), progress)
     except Exception as later:
         if cause is None:
             raise
         _say_second(console, later)
     if cause is not None:
         raise cause
+
+
+def _own_folder(store: RunStore, plan: Plan) -> Path:
+    """Return the folder of a run in which its package has not been written yet."""
+    from deploy.package import SUFFIX
+
+    folder = store.folder / "result"
+    for number in count(2):
+        if not (folder / f"{plan.run.name}{SUFFIX}").exists():
+            break
+        folder = store.folder / f"result-{number}"
+    return folder
 
 
 def _conclude(

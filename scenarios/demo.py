@@ -177,6 +177,7 @@ def summarize(
             "package": str(conclusion.package),
             "size_ratio": deployment.get("size_ratio"),
             "speed_ratio_b1": deployment.get("speed_ratio_b1"),
+            "measure": deployment.get("measure"),
             "accuracy": deployment.get("accuracy_after"),
             "accuracy_drop": deployment.get("accuracy_drop"),
         },
