@@ -6,7 +6,25 @@ step. Only the code ever crosses the wire; `detail` stays on the machine that ra
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+EXIT_STATUSES: Final = {
+    0: "It did what was asked. An audit: PASS.",
+    1: "An error that has no status of its own. An audit: FAIL.",
+    2: "The command line, a plan or a policy is not valid. An audit: INCONCLUSIVE.",
+    3: "A budget, a policy, a ledger or a log of acts does not allow to go on.",
+    4: "A message, a frame or the encryption library is not as it must be.",
+    5: "A certificate, a secret or a home is refused.",
+    6: "Data, a model or training is refused.",
+    7: "Somebody is not there or busy, for now; trying again can help.",
+    8: "The installed Flower is another one.",
+    9: "A package, a report or findings do not verify, or could not be made.",
+    10: "This machine is not ready for what was asked.",
+    11: "The run is paused or was interrupted; --resume goes on with it.",
+    12: "The run has failed for good.",
+    130: "Interrupted by Ctrl-C or a signal.",
+}
+"""What an exit status of the command line means; an error's class has one of them."""
 
 
 class FedsealError(Exception):

@@ -287,5 +287,9 @@ class CompressionSection(Section):
     prune_ratio: float = Field(default=0.5, ge=0, lt=1, description="Share of hidden units to remove.")
     quantize: Literal["int8", "none"] = Field(default="int8", description="Weight and activation type.")
     max_accuracy_drop: float = Field(
-        default=0.01, ge=0, le=1, description="Largest accepted loss of accuracy on public data."
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Largest accepted loss of accuracy on public data; without it, of agreement with "
+        "the unpruned model on synthetic inputs.",
     )
