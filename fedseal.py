@@ -213,7 +213,8 @@ def run(
         typer.Option(help="Name of a run, or its beginning: go on after its last round."),
     ] = None,
     public_data: Annotated[
-        Path | None, typer.Option(help="Public examples for evaluation and for the package.")
+        Path | None,
+        typer.Option(help="Public examples for evaluation and for the package; --resume adds them later."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for package and report.")] = None,
     operator: OperatorFolder = None,
@@ -235,7 +236,7 @@ def run(
     if checked is not None:
         begin_run(console, home, checked, public_data, out, passphrase, link)
     elif resume is not None:
-        resume_run(console, home, resume, out, passphrase, link)
+        resume_run(console, home, resume, public_data, out, passphrase, link)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from crypto.presets import packing_for
 from protocol.encoding import digest_bytes
 from protocol.errors import ModelMismatch, ProtocolViolation
 from protocol.messages import Opening, Signed
-from protocol.optimizers import GlobalModel, apply_update
+from protocol.optimizers import GlobalModel, apply_update, require_bounded
 from protocol.plan import Plan
 
 _SUM_BYTES = 4
@@ -39,6 +39,7 @@ def follow(
 
     Raises:
         ModelMismatch: The steps do not start from a model that this owner knows.
+        ModelRanAway: A model is not finite, or has a weight beyond the bound of all plans.
         ProtocolViolation: Fewer than a quorum agree, the sums are not the signed ones, or they are not
             of training.
     """
@@ -58,6 +59,7 @@ def follow(
         mean = opened_mean(plan, integers, body.contributors, body.total_weight)
         model = apply_update(model, mean, plan.server_optimizer)
         finished += 1
+    require_bounded(model)
     return model, finished
 
 

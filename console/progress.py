@@ -9,6 +9,9 @@ from rich.text import Text
 
 from crypto.presets import broken_byte_promise
 
+AGREEMENT = "agreement with the unpruned model on synthetic inputs"
+"""As `deploy.measure` names it, which loads PyTorch."""
+
 COLUMNS = (
     ("round", 7, "right"),
     ("accuracy", 9, "right"),
@@ -189,6 +192,11 @@ def _loss(owner: dict[str, Any]) -> str:
     return f"epsilon {owner['epsilon']:.3f} at delta {owner['delta']:g}"
 
 
+def _measured(model: dict[str, Any]) -> str:
+    """Say what the model's figure is; without public data it is no accuracy."""
+    return "agreement with the unpruned model" if model.get("measure") == AGREEMENT else "accuracy"
+
+
 def _model_rows(model: dict[str, Any]) -> list[tuple[str, str]]:
     if model["size_ratio"] is None:
         return [("deployed model", "none was built")]
@@ -196,7 +204,7 @@ def _model_rows(model: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "deployed model",
             f"{model['size_ratio']:.1f} times smaller, {model['speed_ratio_b1']:.1f} times faster, "
-            f"accuracy {model['accuracy']:.4f} (drop {model['accuracy_drop']:+.4f})",
+            f"{_measured(model)} {model['accuracy']:.4f} (drop {model['accuracy_drop']:+.4f})",
         ),
         ("package", model["package"]),
     ]

@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import safetensors.torch
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import nn
 
 from protocol.encoding import Digest
-from protocol.errors import CompressionRefused
+from protocol.errors import CompressionRefused, ModelNotFinite
 from protocol.messages import Message
 from protocol.sections import Positive
 
@@ -39,6 +39,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Bytes = Annotated[int, Field(ge=0, le=MAX_MODEL_BYTES)]
 
 
+Measure = Literal["accuracy on public data", "agreement with the unpruned model on synthetic inputs"]
+"""What decides whether a step of compression is kept."""
+
+ACCURACY: Final[Measure] = "accuracy on public data"
+AGREEMENT: Final[Measure] = "agreement with the unpruned model on synthetic inputs"
+
+
 class StepRecord(Message):
     """One step of compression: what was asked, what came out, and its CPU time in seconds."""
 
@@ -53,6 +60,11 @@ class CompressionRecord(Message):
 
     A ratio is before divided by after; `accuracy_drop` is before minus after, below zero for a gain.
     Ratios of pruning are shares: of hidden units asked for and removed, and of parameters removed.
+
+    `measure` says what the three accuracies are: without public data they are shares of synthetic inputs to
+    which a model gives the class that the unpruned one gives, and say nothing about accuracy. The federated
+    accuracy is that of the unpruned model, by noised counts of the owners. Packages from before these
+    fields leave them out; theirs is accuracy.
     """
 
     baseline: str
@@ -65,7 +77,7 @@ class CompressionRecord(Message):
     accuracy_after: Share
     accuracy_drop: float
     max_accuracy_drop: Share
-    public_examples: Annotated[int, Field(ge=1)]
+    public_examples: Annotated[int, Field(ge=0)]
     prune_ratio_asked: Share
     prune_ratio_used: Share
     parameter_ratio_removed: Share
@@ -74,6 +86,21 @@ class CompressionRecord(Message):
     steps: list[StepRecord]
     public_data_use: str
     private_data_use: Literal["nothing"]
+    measure: Measure | None = None
+    measured_inputs: Annotated[int, Field(ge=1)] | None = None
+    federated_accuracy: Share | None = None
+    federated_standard_error: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _measured_on_what_it_says(self) -> Self:
+        if (self.public_examples == 0) != (self.measure == AGREEMENT):
+            raise ValueError("public_examples is 0 exactly where agreement was measured")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -192,5 +219,5 @@ def _share_correct(logits: npt.NDArray[np.float32], y: Labels) -> float:
     if len(y) == 0 or len(logits) != len(y):
         raise CompressionRefused("accuracy needs public examples, one label each")
     if not np.isfinite(logits).all():
-        raise CompressionRefused("the model's logits are not finite")
+        raise ModelNotFinite("its answers to inputs within the declared range")
     return float(np.mean(logits.argmax(axis=1) == y))

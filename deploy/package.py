@@ -28,7 +28,7 @@ from pydantic import Field
 from crypto.certificates import fingerprint
 from crypto.signing import sign_bytes, verify_bytes
 from deploy.export import require_self_contained
-from deploy.measure import Bytes, CompressionRecord, open_session
+from deploy.measure import AGREEMENT, Bytes, CompressionRecord, open_session
 from deploy.statement import PrivacyStatement
 from protocol.claims import UNITS
 from protocol.encoding import Digest, decode, digest_bytes, encode
@@ -276,9 +276,27 @@ def _library_versions() -> dict[str, Any]:
     return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": components}
 
 
+def _measured(record: CompressionRecord) -> str:
+    """Say what the figures of a card were measured on."""
+    if record.measure == AGREEMENT:
+        text = (
+            f"No accuracy was measured on public data. Agreement is the share of {record.measured_inputs} "
+            "synthetic inputs to which a model gives the class of the unpruned model."
+        )
+    else:
+        text = f"Measured on {record.public_examples} public examples."
+    if record.federated_accuracy is None:
+        return text
+    return (
+        f"{text} Federated evaluation of the unpruned model: accuracy {record.federated_accuracy:.3f}, "
+        f"standard error {record.federated_standard_error:.3f}."
+    )
+
+
 def _card(parts: PackageParts) -> str:
     """Write the model card from the records of the package; nothing in it is typed in by hand."""
     privacy, record = parts.privacy, parts.compression
+    word = "agreement" if record.measure == AGREEMENT else "accuracy"
     steps = "\n".join(f"| {s.step} | {s.asked} | {s.reached} |" for s in record.steps)
     loss = (
         "none" if privacy.epsilon is None else f"epsilon {privacy.epsilon:.4g}, delta {privacy.delta:.3g}"
@@ -305,12 +323,12 @@ def _card(parts: PackageParts) -> str:
 
 ## Quality and cost
 
-Measured on {record.public_examples} public examples. Baseline: {record.baseline}.
+{_measured(record)} Baseline: {record.baseline}.
 A ratio is before divided by after.
 
 | | before | after | |
 |---|---|---|---|
-| accuracy | {record.accuracy_before:.4f} | {record.accuracy_after:.4f} | drop {record.accuracy_drop:+.4f} |
+| {word} | {record.accuracy_before:.4f} | {record.accuracy_after:.4f} | drop {record.accuracy_drop:+.4f} |
 | size, bytes | {record.size_bytes_before} | {record.size_bytes_after} | ratio {record.size_ratio:.2f} |
 | CPU time, batch of one | | | ratio {record.speed_ratio_b1:.2f} |
 

@@ -19,7 +19,7 @@ import torch_pruning as tp
 from torch import nn
 
 from deploy.measure import Floats, Labels
-from protocol.errors import CompressionRefused
+from protocol.errors import CompressionRefused, ModelNotFinite
 
 Accuracy = Callable[[nn.Module, Floats, Labels], float]
 """Share of correct answers of a model on inputs and labels."""
@@ -202,10 +202,10 @@ def require_finite(model: nn.Module) -> None:
     """Refuse a model with a weight that is NaN or infinite.
 
     Raises:
-        CompressionRefused: Says so, without naming the value.
+        ModelNotFinite: Says so, without naming the value.
     """
     if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
-        raise CompressionRefused("the model has weights that are not finite")
+        raise ModelNotFinite("its weights")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from client.policy import Policy
 from protocol import errors
-from protocol.errors import FedsealError
+from protocol.errors import EXIT_STATUSES, FedsealError
 from protocol.plan import Plan
 
 FOLDER: Final = Path(__file__).parent
@@ -51,8 +51,9 @@ needs a `peers.min_known_peers` above its `privacy.tolerated_colluders`. `plans.
 ERRORS_INTRODUCTION: Final = """\
 Every refusal has a code that never changes its meaning. The message on the machine where it happened says
 more; only the code travels to other parties. The exit status is that of the command line when the error
-ends it. `fedseal --debug VERB`, or `FEDSEAL_DEBUG=1`, also shows where an error was raised; that may quote
-data and is for the own machine alone."""
+ends it. What follows a run's end, its package and its report, never changes the status that the end
+itself has: a failure of theirs is said second. `fedseal --debug VERB`, or `FEDSEAL_DEBUG=1`, also shows
+where an error was raised; that may quote data and is for the own machine alone."""
 
 SIGNS: Final = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -74,8 +75,12 @@ def error_classes() -> list[type[FedsealError]]:
 
 def _errors_page() -> str:
     rows = [[f"`{kind.code}`", kind.what, kind.remedy, str(kind.exit_code)] for kind in error_classes()]
-    table = _table(["code", "what happened", "what to do", "exit status"], rows)
-    return _page("Errors and exit statuses", ERRORS_INTRODUCTION, [table])
+    statuses = [[str(status), meaning] for status, meaning in EXIT_STATUSES.items()]
+    tables = [
+        _table(["exit status", "meaning"], statuses),
+        _table(["code", "what happened", "what to do", "exit status"], rows),
+    ]
+    return _page("Errors and exit statuses", ERRORS_INTRODUCTION, tables)
 
 
 def _schema_page(title: str, introduction: str, model: type[BaseModel]) -> str:

@@ -6,7 +6,27 @@ step. Only the code ever crosses the wire; `detail` stays on the machine that ra
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+EXIT_STATUSES: Final = {
+    0: "It did what was asked. An audit: PASS.",
+    1: "An error that has no status of its own. An audit: FAIL.",
+    2: "The command line, a plan or a policy is not valid. An audit: INCONCLUSIVE.",
+    3: "A budget, a policy, a ledger or a log of acts does not allow to go on.",
+    4: "A message, a frame or the encryption library is not as it must be.",
+    5: "A certificate, a secret or a home is refused.",
+    6: "Data, a model or training is refused.",
+    7: "Somebody is not there or busy, for now; trying again can help.",
+    8: "The installed Flower is another one.",
+    9: "A package, a report or findings do not verify, or could not be made.",
+    10: "This machine is not ready for what was asked.",
+    11: "The run is paused or was interrupted; --resume goes on with it.",
+    12: "The run has failed for good.",
+    13: "A disk, a database or the output is in the way.",
+    130: "Interrupted by Ctrl-C or a signal.",
+    141: "The reader of the output has gone.",
+}
+"""What an exit status of the command line means; an error's class has one of them."""
 
 
 class FedsealError(Exception):
@@ -420,6 +440,15 @@ class RunFailed(FedsealError):
     exit_code = 12
 
 
+class ModelRanAway(RunFailed):
+    """A round's model is not finite, or one of its weights is beyond the bound of all plans."""
+
+    code = "FS-RUN-08"
+    what = "The model ran away: a weight is not finite or is larger than 10,000."
+    remedy = "Start a new run with smaller learning rates (training, server_optimizer); this one is over."
+    exit_code = 12
+
+
 class ServerUnavailable(FedsealError):
     """The coordinator does not answer or refuses the connection."""
 
@@ -561,6 +590,24 @@ class CompressionRefused(FedsealError):
     code = "FS-PACKAGE-02"
     what = "A compression step was refused."
     remedy = "Lower compression.prune_ratio or raise compression.max_accuracy_drop."
+    exit_code = 9
+
+
+class PackageImpossible(CompressionRefused):
+    """The plan's model cannot be packaged with the plan's settings, trained or not."""
+
+    code = "FS-PACKAGE-04"
+    what = "This plan's model cannot be packaged with the plan's compression settings."
+    remedy = "Choose another prune_ratio, quantize or model in the plan; nothing was trained or charged."
+    exit_code = 9
+
+
+class ModelNotFinite(CompressionRefused):
+    """A model to be packaged has weights or answers that are not finite."""
+
+    code = "FS-PACKAGE-05"
+    what = "The model is not finite and cannot be packaged."
+    remedy = "Start a new run with smaller learning rates; no setting of compression mends this model."
     exit_code = 9
 
 
@@ -829,6 +876,26 @@ class RunBusy(FedsealError):
     what = "Another process carries this run out."
     remedy = "Wait for its end, or stop that process; a run has one coordinator at a time."
     exit_code = 7
+
+
+class ExecutorLost(FedsealError):
+    """The program that starts the processes of runs ends again and again."""
+
+    code = "FS-RUN-09"
+    what = "The coordinator cannot keep the program running that starts runs."
+    remedy = "Look at the coordinator's log and its free memory, and start it again; then resume the run."
+    exit_code = 7
+
+
+class ResultUndeliverable(FedsealError):
+    """What a run would end in could not be written, as was found before anybody joined."""
+
+    code = "FS-RUN-10"
+    what = "The result of this run could not be written; it was not begun."
+    remedy = (
+        "Choose another --out, make the named folder writable, or free disk space; nothing was charged."
+    )
+    exit_code = 10
 
 
 class CheckpointInvalid(FedsealError):

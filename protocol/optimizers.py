@@ -11,14 +11,23 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.errors import EncodingInvalid
+from protocol.errors import EncodingInvalid, ModelRanAway
 from protocol.sections import ServerOptimizerSection
 
 Vector = NDArray[np.float64]
+
+LARGEST_WEIGHT: Final = 10_000.0
+"""Largest magnitude of one weight of a global model; a run whose model goes beyond it ends.
+
+Trained networks have weights of at most some hundreds. float32 keeps seven digits, so that up to this bound
+a gradient is clipped within a thousandth of its norm; with weights of 1e7 an example was seen to exceed the
+clipping norm five times, by rounding alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,32 @@ def apply_update(model: GlobalModel, mean: Vector, optimizer: ServerOptimizerSec
         model: The current model.
         mean: float64 (n,), the mean of the owners' updates.
         optimizer: Section of the plan; public constants only.
+
+    Raises:
+        ModelRanAway: The next model is beyond `LARGEST_WEIGHT`, or not finite.
     """
+    with np.errstate(all="ignore"):
+        following = _following(model, mean, optimizer)
+    require_bounded(following)
+    return following
+
+
+def require_bounded(model: GlobalModel) -> None:
+    """Check that a model's weights are within `LARGEST_WEIGHT`, and that all of it is finite.
+
+    The coordinator checks each round's model before the round counts, and each owner before it trains.
+
+    Raises:
+        ModelRanAway: They are not.
+    """
+    # written so that a NaN, which compares with nothing, is refused
+    if not bool(np.all(np.abs(model.weights) <= LARGEST_WEIGHT)):
+        raise ModelRanAway
+    if not (np.isfinite(model.first_moment).all() and np.isfinite(model.second_moment).all()):
+        raise ModelRanAway("the optimizer's memory is not finite")
+
+
+def _following(model: GlobalModel, mean: Vector, optimizer: ServerOptimizerSection) -> GlobalModel:
     rate, beta = optimizer.learning_rate, optimizer.momentum
     if optimizer.name == "fedavg":
         weights = rate * mean

@@ -11,6 +11,17 @@ from protocol.privacy_loss import require_accountant
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Epsilon = Annotated[float, Field(ge=1e-3, le=1e3)]
+"""A budget: below it noise drowns every model, above it nothing is protected that a reader could notice."""
+
+Delta = Annotated[float, Field(ge=1e-15, le=0.01)]
+"""Floating point resolves no smaller one over a few steps; above it, leaking whole records is allowed."""
+
+NoiseMultiplier = Annotated[float, Field(ge=0.01, le=1e6)]
+ClippingNorm = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""float32 keeps its digits when gradients are scaled by such a norm, and sums of them stay finite."""
+
+LearningRate = Annotated[float, Field(ge=1e-8, le=1e4)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 
@@ -117,7 +128,7 @@ class TrainingSection(Section):
     """Constants of local training; all public."""
 
     local_steps: int = Field(ge=1, le=100_000, description="DP-SGD steps of an owner in one round.")
-    learning_rate: float = Field(gt=0, le=1e4, description="Step size of local DP-SGD.")
+    learning_rate: LearningRate = Field(description="Step size of local DP-SGD.")
     gradient_engine: Literal["auto", "book-keeping", "hooks"] = Field(
         default="auto",
         description="How each example's gradient is clipped. `book-keeping`: one backward pass, for the "
@@ -131,10 +142,10 @@ class ServerOptimizerSection(Section):
     name: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = Field(
         default="fedavg", description="Reddi et al. 2021, 'Adaptive Federated Optimization'."
     )
-    learning_rate: Positive = Field(default=1.0, description="Server step size.")
+    learning_rate: LearningRate = Field(default=1.0, description="Server step size.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="fedavgm's momentum; Adam's beta 1.")
     second_moment: float = Field(default=0.99, ge=0, lt=1, description="Adam's and Yogi's beta 2.")
-    epsilon: Positive = Field(default=1e-3, description="Adam's and Yogi's tau.")
+    epsilon: float = Field(default=1e-3, ge=1e-10, le=1e3, description="Adam's and Yogi's tau.")
 
 
 class PrivacySection(Section):
@@ -156,22 +167,22 @@ class PrivacySection(Section):
         le=1021,
         description="With distributed noise: owners that may tell their noise to another owner.",
     )
-    max_update_norm: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
+    max_update_norm: ClippingNorm | None = Field(
         default=None, description="With unit `client`: L2 clipping norm of an owner's whole update."
     )
-    target_epsilon: Positive | None = Field(default=None, description="Budget of the whole run.")
-    delta: float = Field(default=1e-5, gt=0, lt=1, description="Failure probability.")
+    target_epsilon: Epsilon | None = Field(default=None, description="Budget of the whole run.")
+    delta: Delta = Field(default=1e-5, description="Failure probability.")
     accountant: Literal["pld"] = Field(
         default="pld", description="How epsilon is counted: by privacy loss distributions."
     )
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6, description="L2 clipping norm of one example.")
-    sample_rate: float = Field(gt=0, le=1, description="Poisson sampling probability of one example.")
+    max_grad_norm: ClippingNorm = Field(default=1.0, description="L2 clipping norm of one example.")
+    sample_rate: float = Field(ge=1e-6, le=1, description="Poisson sampling probability of one example.")
     expected_batch_size: float = Field(
         ge=1e-3,
         le=1e12,
         description="Public divisor of the noisy gradient sum; never the owner's record count.",
     )
-    noise_multiplier: Positive | None = Field(
+    noise_multiplier: NoiseMultiplier | None = Field(
         default=None, description="Noise deviation over max_grad_norm; calibrated when left out."
     )
 
@@ -218,11 +229,11 @@ class EvaluationSection(Section):
         description="`local`: each owner adds all the noise itself. `none`: with `privacy.noise = 'none'` "
         "only.",
     )
-    target_epsilon: Positive | None = Field(
+    target_epsilon: Epsilon | None = Field(
         default=None, description="Budget of all evaluations, on top of `privacy.target_epsilon`."
     )
-    delta: float = Field(default=1e-6, gt=0, lt=1, description="Failure probability, on top too.")
-    noise_multiplier: Positive | None = Field(
+    delta: Delta = Field(default=1e-6, description="Failure probability, on top too.")
+    noise_multiplier: NoiseMultiplier | None = Field(
         default=None, description="Noise deviation of each count; calibrated when left out."
     )
     count_range: float = Field(
@@ -276,5 +287,9 @@ class CompressionSection(Section):
     prune_ratio: float = Field(default=0.5, ge=0, lt=1, description="Share of hidden units to remove.")
     quantize: Literal["int8", "none"] = Field(default="int8", description="Weight and activation type.")
     max_accuracy_drop: float = Field(
-        default=0.01, ge=0, le=1, description="Largest accepted loss of accuracy on public data."
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Largest accepted loss of accuracy on public data; without it, of agreement with "
+        "the unpruned model on synthetic inputs.",
     )

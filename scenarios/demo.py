@@ -84,6 +84,8 @@ def run_demo(options: DemoOptions, listen: Listener) -> dict[str, Any]:
         options.out / "result",
         lambda text: listen("step", {"text": text}),
     )
+    if conclusion.problem is not None:
+        raise conclusion.problem
     summary = summarize(store, federation, conclusion, time.monotonic() - started)
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     store.close()
@@ -174,6 +176,7 @@ def summarize(
             "package": str(conclusion.package),
             "size_ratio": deployment.get("size_ratio"),
             "speed_ratio_b1": deployment.get("speed_ratio_b1"),
+            "measure": deployment.get("measure"),
             "accuracy": deployment.get("accuracy_after"),
             "accuracy_drop": deployment.get("accuracy_drop"),
         },

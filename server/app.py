@@ -1,6 +1,8 @@
 """The coordinator's ServerApp. It runs in a process that Flower's SuperExec starts, with installed code.
 
-The run's configuration holds nothing but the name of a folder below ``$FEDSEAL_SERVER_HOME/runs``.
+The process ends with the SuperExec and with the coordinator (`server.flower.programs`); it records nothing
+then, and the coordinator notes the interruption. The run's configuration holds nothing but the name of a
+folder below ``$FEDSEAL_SERVER_HOME/runs``.
 """
 
 from __future__ import annotations
@@ -8,15 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
-import time
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from crypto.trust import Trust, load_trust
-from protocol.errors import FedsealError, RunFailed, ServerUnavailable
+from protocol.errors import FedsealError, RunFailed
 from protocol.evaluation import run_epsilon
 from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
@@ -28,7 +28,6 @@ from tasks.images import unflatten
 from tasks.registry import task_for
 
 _LOG = logging.getLogger("fedseal.server")
-_PARENT_CHECK_S = 0.2
 _CLAIM_WAIT_S = 15.0
 
 
@@ -85,25 +84,6 @@ def secret_modules() -> list[str]:
     return sorted(name for name in sys.modules if name in using)
 
 
-def _end_with_parent(folder: Path) -> None:
-    """End this process soon after Flower's executor, its parent, which ends with the coordinator.
-
-    Flower starts this process in a session of its own and leaves it behind when the coordinator stops.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_S)
-        store = open_run_folder(folder.name)
-        if store.get("state") == "running":
-            record_end(store, ServerUnavailable("the coordinator was stopped during the run"))
-        store.close()
-        os._exit(ServerUnavailable.exit_code)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 app = ServerApp()
 
 
@@ -111,7 +91,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the plan that the run's configuration names."""
     store = open_run_folder(str(context.run_config["run"]))
-    _end_with_parent(store.folder)
     pki = Path(os.environ[HOME_VARIABLE]) / "identity"
     try:
         run_plan(grid, store, load_trust(pki))

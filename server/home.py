@@ -11,6 +11,7 @@ Layout::
     addresses.json   where owners connect while it runs
 """
 
+import re
 from typing import Final
 
 IDENTITY: Final = "identity"
@@ -23,3 +24,9 @@ PUBLIC_DATA: Final = "public.npz"
 
 HOME_VARIABLE: Final = "FEDSEAL_SERVER_HOME"
 """Environment variable that tells a run's process where the home is."""
+
+
+def digits_of(name: str) -> str:
+    """Return the first digits of a run's identifier, which end the name of its folder; empty if none do."""
+    found = re.search(r"-([0-9a-f]{8})$", name)
+    return "" if found is None else found[1]

@@ -30,11 +30,13 @@ from server.home import HOME_VARIABLE, IDENTITY, MEMBERS
 from server.listeners.launcher import Coordinator, Sockets, serve
 from server.listeners.loopback import LOOPBACK, TlsFiles, loopback_certificate
 from server.listeners.sockets import ListenerOptions, listening
+from server.runs import BegunRuns
 
 EXPIRES_SOON = timedelta(days=14)
 
 _LOG = logging.getLogger("fedseal.server")
 _RUNTIME = ListenerOptions(LOOPBACK, 0)
+_ENDS_S = 3.0
 
 
 def run_server(
@@ -90,11 +92,13 @@ def run_server(
         forget_addresses(home)
         certificate = key_sha256(credentials.certificate.public_key())
         coordinator.log.record("server.start", certificate=certificate, host=listener.host, port=fleet_port)
+        coordinator.runs.note_ends(lost=True)
         try:
             announce = partial(_announce, home, addresses, ready)
             serve(options, shown, Sockets(owners, runtime), coordinator, announce)
         finally:
             forget_addresses(home)
+            coordinator.runs.note_all(_ENDS_S)
             coordinator.log.record("server.stop")
             coordinator.log.sign()
 
@@ -122,9 +126,10 @@ def require_valid_now(certificate: x509.Certificate, trust: Trust, now: datetime
 
 def _coordinator(home: Path, credentials: ServerCredentials) -> Coordinator:
     trust = load_trust(home / IDENTITY)
-    log = KeptLog(AuditLog(home / FOLDER), "coordinator", credentials.key, credentials.certificate)
+    acts = AuditLog(home / FOLDER)
+    log = KeptLog(acts, "coordinator", credentials.key, credentials.certificate)
     log.begin(trust.authority)
-    return Coordinator(home, trust, log)
+    return Coordinator(home, trust, log, BegunRuns(home, acts))
 
 
 def _announce(home: Path, addresses: Addresses, ready: Callable[[], None] | None) -> None:

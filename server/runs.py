@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import sqlite3
+import threading
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 
 from crypto.auditlog import FOLDER, AuditLog
 from protocol.errors import FedsealError, NameAmbiguous, NameUnknown, RunFailed, RunInterrupted
 from protocol.storage import translated
-from server.home import HOME_VARIABLE, RUNS
-from server.store import RunStore, digits_of, now_text
+from server.home import HOME_VARIABLE, RUNS, digits_of
+from server.store import RunStore, now_text
+
+_LOG = logging.getLogger("fedseal.server")
+_POLL_S = 0.05
 
 
 def run_named(home: Path, name: str) -> str:
@@ -92,7 +99,85 @@ def record_end(store: RunStore, error: FedsealError) -> None:
         store.event("ended", state=state, code=error.code)
 
 
-def note_interruption(store: RunStore) -> None:
-    """Record a run as paused that says it is running although no process carries it out any more."""
-    if store.get("state") == "running" and not store.is_carried_out():
+def note_interruption(store: RunStore) -> bool:
+    """Record a run as paused that says it is running although no process carries it out any more.
+
+    Returns:
+        Whether it was.
+    """
+    claims = store.get("claims", 0)
+    if store.get("state") != "running" or store.is_carried_out():
+        return False
+    with store.transaction():
+        # since the look at the lock it may have ended, or gone on in another process
+        if store.get("state") != "running" or store.get("claims", 0) != claims:
+            return False
         record_end(store, RunInterrupted())
+    return True
+
+
+class BegunRuns:
+    """The runs that a coordinator has begun and whose end it has not seen. Threads may share it.
+
+    Args:
+        home: The coordinator's home.
+        log: Its log of acts.
+    """
+
+    def __init__(self, home: Path, log: AuditLog) -> None:
+        self._folder = home / RUNS
+        self._log = log
+        self._lock = threading.Lock()
+        # a coordinator that starts carries out none of the runs that are there
+        self._names = {file.parent.name for file in self._folder.glob("*/run.db")}
+
+    def begun(self, name: str) -> None:
+        """Take note of a run that is about to begin or to be resumed."""
+        with self._lock:
+            self._names.add(name)
+
+    def note_ends(self, *, lost: bool = False) -> list[int]:
+        """Record the interruption of each run whose process is gone.
+
+        Args:
+            lost: Say so too of the runs that wait for a process, which none will get.
+
+        Returns:
+            Flower's ids of the runs that waited.
+        """
+        waited: list[int] = []
+        with self._lock:
+            for name in sorted(self._names):
+                try:
+                    ended = self._note_end(name, waited, lost=lost)
+                except (FedsealError, OSError, sqlite3.Error):
+                    _LOG.warning("the record of run %s cannot be read; it is left as it is", name)
+                    ended = True
+                if ended:
+                    self._names.discard(name)
+        return waited
+
+    def note_all(self, wait_s: float) -> None:
+        """Record the interruption of every run, whose processes are about to end.
+
+        Args:
+            wait_s: Longest wait for these processes.
+        """
+        deadline = time.monotonic() + wait_s
+        self.note_ends(lost=True)
+        while self._names and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            self.note_ends(lost=True)
+
+    def _note_end(self, name: str, waited: list[int], *, lost: bool) -> bool:
+        if not (self._folder / name / "run.db").is_file():
+            return True
+        store = RunStore(self._folder / name, self._log)
+        try:
+            note_interruption(store)
+            if lost and store.get("state") == "submitted" and not store.is_carried_out():
+                record_end(store, RunInterrupted())
+                waited += [number for number in (store.get("flower_run"),) if number is not None]
+            return store.get("state") not in ("submitted", "running")
+        finally:
+            store.close()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from protocol.optimizers import GlobalModel
 from protocol.plan import Plan
 from protocol.storage import connect, translated
 from server.checkpoints import read_checkpoint, write_checkpoint
+from server.home import digits_of
 
 RUN_FILE = "the record of a run (run.db)"
 _LOCK_POLL_S = 0.1
@@ -62,12 +62,6 @@ RESUMABLE: Final = ("submitted", "running", "paused")
 def now_text() -> str:
     """Return the current time as ISO 8601 in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def digits_of(name: str) -> str:
-    """Return the first digits of a run's identifier, which end the name of its folder; empty if none do."""
-    found = re.search(r"-([0-9a-f]{8})$", name)
-    return "" if found is None else found[1]
 
 
 class RunStore:
@@ -138,6 +132,7 @@ class RunStore:
                 raise RunBusy
             time.sleep(_LOCK_POLL_S)
         self._lock = descriptor
+        self.set("claims", self.get("claims", 0) + 1)
 
     def is_carried_out(self) -> bool:
         """Tell whether some process carries the run out now; the kernel forgets processes that died."""
@@ -369,6 +364,10 @@ class RunStore:
         if metadata != self._said_of(round_number, model):
             raise CheckpointInvalid
         return model
+
+    def has_checkpoint(self, round_number: int) -> bool:
+        """Tell whether a model was written for a round; only reading it tells whether it is sound."""
+        return self._checkpoint(round_number).exists()
 
     def _said_of(self, round_number: int, model: GlobalModel) -> dict[str, str]:
         """Return what a checkpoint says of the model that it holds."""

@@ -18,6 +18,7 @@ from crypto.trust import Trust
 from protocol.errors import (
     CertificateRefused,
     FedsealError,
+    ModelRanAway,
     RunFailed,
     RunInterrupted,
 )
@@ -99,6 +100,7 @@ class SealStrategy(Strategy):
         Raises:
             QuorumNotMet: Too few owners are there; what was finished is kept.
             RunFailed: All attempts, or the rounds that the noise pays for, are used up.
+            ModelRanAway: A round's model is not finite or too large; the round does not count.
             CheckpointInvalid: The last finished round's model is not on the disk any more.
         """
         exchanger = Exchanger(grid, self._store)
@@ -149,6 +151,8 @@ class SealStrategy(Strategy):
                 raise
             except FedsealError as error:
                 self._void(attempt, runner.session, error)
+                if isinstance(error, ModelRanAway):
+                    raise
                 self._require_hope(runner, error)
                 time.sleep(_RETRY_PAUSE_S)
                 self._rosters.wait_for_news(runner)

@@ -39,13 +39,30 @@ def prepare_run(home: Path, plan: Plan, public_data: Path | None) -> RunStore:
         task_for(resolved).read(public_data)
     store = RunStore(folder)
     if public_data is not None:
-        shutil.copyfile(public_data, folder / PUBLIC_DATA)
-        store.set("public_data_sha256", digest_bytes(public_data.read_bytes()))
+        add_public_data(store, resolved, public_data)
     store.set("plan", resolved.fields())
     store.set("plan_hash", resolved.sha256())
     store.set("state", "submitted")
     store.set("submitted_at", now_text())
     return store
+
+
+def add_public_data(store: RunStore, plan: Plan, public_data: Path) -> None:
+    """Give a run, finished or not, public examples in the place of those that it may have.
+
+    Args:
+        store: The run.
+        plan: Its plan.
+        public_data: Examples to measure on; they are copied.
+
+    Raises:
+        DataInvalid: They do not fit the task.
+    """
+    task_for(plan).read(public_data)
+    temporary = store.folder / f"{PUBLIC_DATA}.new"
+    shutil.copyfile(public_data, temporary)
+    temporary.replace(store.folder / PUBLIC_DATA)
+    store.set("public_data_sha256", digest_bytes(public_data.read_bytes()))
 
 
 def submit(home: Path, store: RunStore, link: ControlLink) -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from protocol.errors import RunFailed, RunInterrupted, RunPaused, ServerUnavailable
+from protocol.errors import ModelRanAway, RunFailed, RunInterrupted, RunPaused, ServerUnavailable
 from server.runs import note_interruption
 from server.store import RunStore
 
@@ -37,6 +37,7 @@ def follow(
         RunPaused: It waits for owners, or was stopped; it can be resumed.
         RunInterrupted: The process that carried it out is gone; it can be resumed.
         RunFailed: It ended before its last round for good.
+        ModelRanAway: It ended so because its model is not finite or too large.
         ServerUnavailable: The coordinator did not begin it within `begin_s`.
     """
     deadline = time.monotonic() + begin_s
@@ -63,6 +64,8 @@ def _raise_end(state: str, problem: dict[str, Any]) -> None:
     detail = str(problem.get("detail") or problem.get("code"))
     if problem.get("code") == RunInterrupted.code:
         raise RunInterrupted
+    if problem.get("code") == ModelRanAway.code:
+        raise ModelRanAway
     raise RunPaused(detail) if state == "paused" else RunFailed(detail)
 
 

@@ -56,8 +56,10 @@ def collect(
     if state not in ("finished", "failed", "paused"):
         raise ReportInvalid("the run has not ended")
     attempts = store.attempts()
-    initial = store.read_checkpoint(0).sha256()
     finished = store.finished_rounds()
+    # a run that ended before its first round began has no other model than the plan's
+    planned = None if finished or store.has_checkpoint(0) else plan.model.initial_sha256
+    initial = planned or store.read_checkpoint(0).sha256()
     return RunEvidence(
         kind=kind,
         run=store.get("run", digest_bytes(store.folder.name.encode())),
@@ -70,7 +72,7 @@ def collect(
         attempts_used=len(attempts),
         started_at=store.get("started_at"),
         finished_at=store.get("finished_at"),
-        model_hash=store.read_checkpoint(finished).sha256(),
+        model_hash=store.read_checkpoint(finished).sha256() if finished else initial,
         initial_model_hash=initial,
         encryption=EncryptionEvidence.of_plan(plan, store.get("frame_bytes")),
         rounds=[_round(facts) for facts in attempts],

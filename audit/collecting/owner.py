@@ -28,7 +28,7 @@ from protocol.errors import (
 )
 from protocol.messages import Signed
 from protocol.plan import Plan
-from server.store import digits_of
+from server.home import digits_of
 
 
 def find_run(owner: Owner, name: str) -> tuple[str, Plan]:

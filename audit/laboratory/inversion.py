@@ -37,7 +37,7 @@ from audit.laboratory.pictures import (
     psnr_db,
     ssim,
 )
-from deploy.build import synthetic_inputs
+from deploy.gate import synthetic_inputs
 from protocol.plan import Plan
 from tasks.images import Examples, ImageClassification
 from tasks.registry import Task, task_for

@@ -48,7 +48,8 @@ from audit.laboratory.shadows import (
     train_plain,
 )
 from audit.statistics.roc import area, ceiling, curve, true_positive_rate
-from deploy.build import compress, synthetic_inputs
+from deploy.build import compress
+from deploy.gate import synthetic_inputs
 from deploy.measure import open_session, run_session
 from protocol.errors import CompressionRefused
 from protocol.plan import Plan

@@ -31,7 +31,8 @@ from crypto.presets import SEED_BYTES, packing_for
 from crypto.sealing import masks_for, open_frames, seal_frames
 from crypto.secret import SealKey
 from crypto.signing import sign
-from deploy.build import compress, synthetic_inputs
+from deploy.build import compress
+from deploy.gate import synthetic_inputs
 from protocol.accounting import mechanism
 from protocol.errors import FedsealError
 from protocol.messages import Header, Signed

@@ -13,6 +13,7 @@ from typing import Any
 from protocol.errors import FlowerChanged
 from server.flower.clock import tolerate_clocks
 from server.flower.objects import objects_on_disk
+from server.flower.programs import Executor, lifespan_with
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,16 @@ class SuperLinkOptions:
     object_folder: Path
 
 
-def superlink_app(options: SuperLinkOptions) -> Any:
+def superlink_app(options: SuperLinkOptions, executor: Executor) -> Any:
     """Build Flower's SuperLink as an ASGI app, with node authentication and in-memory link state.
 
     Assumes `flwr.superlink.cli.flower_superlink._parse_superlink_lifespan_config` reads `sys.argv`, and
     `flwr.superlink.main.create_app(config, lifespan_class)`. The link state is kept in memory because
     a run cannot outlive its SuperLink; what must last is in our own run store.
+
+    Args:
+        options: Addresses and files.
+        executor: Starts, with the app, the program that starts the processes of runs.
 
     Raises:
         FlowerChanged: Flower does not have these functions.
@@ -63,7 +68,7 @@ def superlink_app(options: SuperLinkOptions) -> Any:
             config = cli._parse_superlink_lifespan_config()
         tolerate_clocks()
         with objects_on_disk(options.object_folder):
-            return create_app(config, cli.SuperLinkLifespan)
+            return create_app(config, lifespan_with(executor, cli))
     except (ImportError, AttributeError, TypeError) as error:
         raise FlowerChanged("the SuperLink cannot be built") from error
 

@@ -16,7 +16,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from crypto.auditlog import KeptLog
 from crypto.certificates import OperatorCredentials
@@ -62,6 +62,19 @@ class Answer(Message):
     log_hash: Digest
 
 
+class Runs(Protocol):
+    """What a coordinator knows of the runs that it has begun; see `server.runs.BegunRuns`."""
+
+    def begun(self, name: str) -> None:
+        """Take note of a run that is about to begin or to be resumed."""
+
+    def note_ends(self, *, lost: bool = False) -> list[int]:
+        """Record the interruption of each run whose process is gone; return ids of those that wait."""
+
+    def note_all(self, wait_s: float) -> None:
+        """Record the interruption of every run, whose processes are about to end."""
+
+
 class ControlEndpoint:
     """The operators' endpoint as an ASGI app; `admission` has checked the certificate before.
 
@@ -69,12 +82,14 @@ class ControlEndpoint:
         home: The coordinator's home.
         flower: Flower's control API.
         log: The coordinator's log of acts.
+        runs: What the coordinator has begun.
     """
 
-    def __init__(self, home: Path, flower: ControlClient, log: KeptLog) -> None:
+    def __init__(self, home: Path, flower: ControlClient, log: KeptLog, runs: Runs) -> None:
         self._home = home
         self._flower = flower
         self._log = log
+        self._begun = runs
         self._acts: dict[tuple[str, str], Callable[[str, bytes], dict[str, Any]]] = {
             ("POST", "/runs/start"): self._start,
             ("POST", "/runs/stop"): self._stop,
@@ -116,6 +131,7 @@ class ControlEndpoint:
                 raise RunBusy
             name, plan_hash = store.folder.name, str(store.get("plan_hash"))
             self._log.record("operator.start", operator, run=name, plan_hash=plan_hash)
+            self._begun.begun(name)
             run_id = self._flower.start_run(name)
             store.set("flower_run", run_id)
             store.set("operator", operator)
@@ -135,6 +151,7 @@ class ControlEndpoint:
 
     def _runs(self, operator: str, _body: bytes) -> dict[str, Any]:
         self._log.record("operator.runs", operator)
+        self._begun.note_ends()
         folders = sorted((self._home / RUNS).glob("*/run.db"))
         return {"runs": [_summary_or_problem(file.parent) for file in folders]}
 

@@ -33,6 +33,7 @@ from protocol.environment import heeded
 from protocol.errors import FedsealError, InsideUnreachable
 from server.flower.batches import Batches
 from server.flower.control import ControlClient
+from server.flower.programs import Executor
 from server.flower.starts import Starts
 from server.flower.superlink import SuperLinkOptions, superlink_app
 from server.home import MEMBERS
@@ -43,7 +44,7 @@ from server.listeners.admission import (
     certified_protocol,
     end_refused_connections,
 )
-from server.listeners.control import ControlEndpoint, control_socket
+from server.listeners.control import ControlEndpoint, Runs, control_socket
 from server.listeners.gate import Gate
 from server.listeners.handshakes import PatientLoop
 from server.listeners.limits import Bounded, allow_many_files, refuse
@@ -76,11 +77,13 @@ class Coordinator:
         home: Its home folder.
         trust: The authority, and its list as it is now.
         log: Its log of acts.
+        runs: What it has begun.
     """
 
     home: Path
     trust: Trust
     log: KeptLog
+    runs: Runs
 
 
 class Only:
@@ -148,7 +151,8 @@ async def _serve(
     coordinator: Coordinator,
     ready: Callable[[], None] | None,
 ) -> None:
-    app = superlink_app(options)
+    executor = Executor()
+    app = superlink_app(options, executor)
     batches, starts = Batches(app), Starts()
     flower = ControlClient(starts.noted(app), asyncio.get_running_loop())
     private = _server(
@@ -157,7 +161,7 @@ async def _serve(
         SameUserProtocol,
         lifespan="on",
     )
-    endpoint = ControlEndpoint(coordinator.home, flower, coordinator.log)
+    endpoint = ControlEndpoint(coordinator.home, flower, coordinator.log, coordinator.runs)
     let_in = partial(Admission, coordinator.trust, log=coordinator.log)
     authority = coordinator.trust.authority
     operators = _certified_server(endpoint, shown, let_in("operator"), authority)
@@ -178,6 +182,7 @@ async def _serve(
         if ready is not None and owners.started and failure is None:
             ready()
         watch = asyncio.create_task(_watch(coordinator, members, [owners, operators]))
+        executing = asyncio.create_task(_keep_executor(executor, coordinator.runs, flower))
 
         def end_waits() -> None:
             batches.close()
@@ -185,9 +190,9 @@ async def _serve(
 
         ending = asyncio.create_task(_when_told_to_end([private, operators, owners], end_waits))
         private.should_exit |= failure is not None
-        await asyncio.wait([*tasks, watch], return_when=asyncio.FIRST_COMPLETED)
-        watch.cancel()
-        ending.cancel()
+        await asyncio.wait([*tasks, watch, executing], return_when=asyncio.FIRST_COMPLETED)
+        for task in (watch, executing, ending):
+            task.cancel()
         for server in (private, operators, owners):
             server.should_exit = True
         # one listener may have ended before it was seen that it was told to
@@ -196,8 +201,9 @@ async def _serve(
         flower.close()
         if failure is not None:
             raise failure
-        if watch.done() and not watch.cancelled():
-            watch.result()
+        for task in (watch, executing):
+            if task.done() and not task.cancelled():
+                task.result()
 
 
 async def _tried(options: SuperLinkOptions) -> InsideUnreachable | None:
@@ -280,6 +286,17 @@ async def _watch(coordinator: Coordinator, members: Members, servers: list[uvico
         number = await asyncio.to_thread(_note_revocations, coordinator, number)
         await asyncio.to_thread(members.register)
         await asyncio.to_thread(coordinator.log.sign)
+        await asyncio.sleep(_WATCH_S)
+
+
+async def _keep_executor(executor: Executor, runs: Runs, flower: ControlClient) -> None:
+    """Note runs whose process ended, and start the program that starts these processes if it ended."""
+    while True:
+        if executor.has_ended:
+            for number in await asyncio.to_thread(runs.note_ends, lost=True):
+                await asyncio.to_thread(flower.stop_run, number)
+            executor.start_again()
+        await asyncio.to_thread(runs.note_ends)
         await asyncio.sleep(_WATCH_S)
 
 

@@ -17,7 +17,9 @@ from scenarios.federation import PolicySettings, make_federation
 from tasks.partition import digits
 from tasks.resolve import resolve
 
-SETTINGS = PolicySettings(epsilon_total=1e6, epsilon_per_run=50.0, delta_total=0.5, allow_seal_frames=True)
+SETTINGS = PolicySettings(
+    epsilon_total=1e6, epsilon_per_run=50.0, delta_total=0.009, allow_seal_frames=True
+)
 
 
 def attack_plan(**sections: dict[str, Any]) -> Plan:

@@ -267,7 +267,7 @@ def test_a_changed_plan_for_the_same_run_is_refused(
     [
         ({"privacy": {"noise": "none", "target_epsilon": None}}, "FS-POLICY-02"),
         ({"privacy": {"target_epsilon": 60.0}}, "FS-POLICY-02"),
-        ({"privacy": {"delta": 0.6}}, "FS-POLICY-02"),
+        ({"privacy": {"delta": 0.01}}, "FS-POLICY-02"),
         ({"cohort": {"minimum": 2, "allow_small": True}}, "FS-POLICY-02"),
     ],
     ids=["no noise", "epsilon", "delta", "cohort"],

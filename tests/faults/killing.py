@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ from tasks.registry import task_for
 
 KILLER = Path(__file__).parent / "killer"
 STEP_S = 120.0
+ALONE = ("server", "superexec", "serverapp")
+"""The processes of a coordinator that has a run under way."""
+
 DEADLINES = {"join_s": 60.0, "fit_s": 20.0, "seal_s": 20.0, "open_s": 20.0, "pause_s": 60.0}
 
 
@@ -36,11 +40,31 @@ class Killing:
     real: RealFederation
     orders: Path
 
-    def order(self, who: str, step: str, *others: int) -> None:
-        """Let a process die at its next arrival at a step, and others with it."""
+    def order(self, who: str, step: str, *others: int | str) -> None:
+        """Let a process die at its next arrival at a step, and others, by process id, with it.
+
+        With the word "alone" among them, the others die and the process itself goes on.
+        """
         text = "\n".join((step, *map(str, others)))
         (self.orders / f".{who}").write_text(text)
         (self.orders / f".{who}").rename(self.orders / who)
+
+    def pid(self, name: str) -> int | None:
+        """Return the process id of one of `ALONE`, or None if there is no such process."""
+        if name == "server":
+            return self.real.processes.pids().get("coordinator")
+        program = {"superexec": "flower-superexec", "serverapp": "flwr-serverapp"}[name]
+        for pid, words in self.real.living().items():
+            if program in (Path(word).name for word in words):
+                return pid
+        return None
+
+    def kill(self, name: str) -> None:
+        """Kill one of `ALONE` and wait until it is gone."""
+        pid = self.pid(name)
+        assert pid is not None, f"{name} is running"
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: self.pid(name) != pid, 10, f"the end of {name}")
 
     def carried_out(self, who: str) -> bool:
         return not (self.orders / who).exists()
@@ -144,4 +168,31 @@ def killed_coordinator(killing: Killing, step: str, *, whole: bool, restart: boo
             killing.restart_coordinator()
     else:
         wait_until(lambda: not store.is_carried_out(), 10, "the end of the run's process")
+    return store
+
+
+def killed_alone(killing: Killing, victim: str, step: str) -> RunStore:
+    """Kill one process of the coordinator at a step of a new run, and start the server again if need be.
+
+    What the killed one leaves behind must end by itself.
+    """
+    real = killing.real
+    nodes = {pid for name, pid in real.processes.pids().items() if name != "coordinator"}
+    before = {name: killing.pid(name) for name in ("server", "superexec")}
+    others = [] if victim == "serverapp" else [str(before[victim]), "alone"]
+    killing.order("server", step, *others)
+    store = real.submit(killing.plan(plan_name(f"{victim} {step}")))
+    wait_until(lambda: killing.carried_out("server"), STEP_S, "the step")
+    if victim == "server":
+
+        def left() -> str:
+            return f"no process is left behind: {set(real.living()) - nodes}"
+
+        wait_until(lambda: set(real.living()) <= nodes, 20, left)
+        killing.restart_coordinator()
+    else:
+        wait_until(lambda: killing.pid("serverapp") is None, 20, "the end of the run's process")
+        assert killing.pid("server") == before["server"]
+        wait_until(lambda: killing.pid("superexec"), 20, "an executor")
+    assert not store.is_carried_out()
     return store

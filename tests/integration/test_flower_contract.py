@@ -11,10 +11,11 @@ import hashlib
 import importlib
 import inspect
 import os
+import re
 import shutil
 import sys
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,7 @@ from server.flower.clock import TIMESTAMP_HEADER, tolerate_clocks
 from server.flower.control import _bundle
 from server.flower.grid import set_identity
 from server.flower.objects import ON_DISK_BYTES, RESERVED_BYTES, DiskObjectStore
+from server.flower.programs import SUPEREXEC, Executor
 from server.flower.starts import _ACQUIRE_PATH, _LONGEST_WAIT_S, _START_PATH
 from server.flower.superlink import SuperLinkOptions, superlink_app
 from tests.credentials import server_of
@@ -97,10 +99,10 @@ def test_superlink_takes_our_options_and_keeps_its_state_in_memory(tmp_path: Pat
         patch.setattr(main, "create_app", lambda config, lifespan: seen.append((config, lifespan)))
         patch.setenv("FLWR_HOME", str(tmp_path))
         before = list(sys.argv)
-        superlink_app(_options(tmp_path))
+        superlink_app(_options(tmp_path), Executor())
         assert sys.argv == before
-    config, lifespan = seen[0]
-    assert lifespan is member(module_name, "SuperLinkLifespan")
+    config, build = seen[0]
+    assert isinstance(build(config, _LinkState()), member(module_name, "SuperLinkLifespan"))
     assert config.host == "127.0.0.1", "--host does not set the address of the runtime API"
     assert config.port == 12345, "--port does not set the port of the runtime API"
     assert config.enable_supernode_auth is True, "--enable-supernode-auth does nothing"
@@ -108,6 +110,31 @@ def test_superlink_takes_our_options_and_keeps_its_state_in_memory(tmp_path: Pat
     assert config.database == member("flwr.supercore.constant", "FLWR_IN_MEMORY_DB_NAME")
     assert not config.simulation, "the SuperLink would simulate"
     assert config.isolation == "subprocess", "the ServerApp would run in the coordinator's process"
+
+
+class _LinkState:
+    """What Flower's lifespan takes at its making."""
+
+    objectstore_factory = None
+
+
+def test_executor_is_started_by_its_own_command_line_and_ended_at_shutdown() -> None:
+    lifespan = member("flwr.superlink.cli.flower_superlink", "SuperLinkLifespan")
+    text = inspect.getsource(lifespan)
+    assert "self.superexec_process = subprocess.Popen(command" in text, "it is started in another way"
+    assert "self._start_superexec_if_needed()" in text, "startup does not start it by this method any more"
+    command = member("flwr.superlink.cli.flower_superlink", "_get_superexec_command")
+    assert f'command = ["{SUPEREXEC}"]' in inspect.getsource(command), "the program has another name"
+
+
+def test_run_process_is_started_by_popen_of_the_executors_module() -> None:
+    text = source("flwr.supercore.superexec.executor.subprocess_executor")
+    assert text.count("subprocess.Popen(") == 2, "the run's own process is started in another way"
+    assert set(re.findall(r"subprocess\.(\w+)", text)) == {"Popen", "DEVNULL"}
+    for name in (SUPEREXEC, "flwr-serverapp"):
+        assert len(entry_points(group="console_scripts", name=name)) == 1, (
+            f"{name} is not a program any more"
+        )
 
 
 def _options(folder: Path) -> SuperLinkOptions:

@@ -20,7 +20,8 @@ from torch import nn
 
 from crypto.certificates import fingerprint
 from crypto.signing import sign_bytes
-from deploy.build import build_package, synthetic_inputs
+from deploy.build import build_package
+from deploy.gate import synthetic_inputs
 from deploy.measure import run_session
 from deploy.package import (
     COVERED,

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from protocol import errors
-from protocol.errors import FedsealError
+from protocol.errors import EXIT_STATUSES, FedsealError
 
 ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, FedsealError)]
 
@@ -16,7 +16,8 @@ def test_an_error_is_complete(kind: type[FedsealError]) -> None:
     assert re.fullmatch(r"FS-[A-Z]+-\d\d", kind.code)
     for sentence in (kind.what, kind.remedy):
         assert re.fullmatch(r"[A-Za-z].{8,140}\.", sentence)
-    assert 1 <= kind.exit_code <= 63
+    assert kind.exit_code in EXIT_STATUSES
+    assert kind.exit_code not in (0, 130)
     assert (kind.__doc__ or "").strip()
     assert kind is FedsealError or {"code", "what", "remedy", "exit_code"} <= vars(kind).keys()
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from client.training import local_update
-from deploy.build import compress, synthetic_inputs
+from deploy.build import compress
+from deploy.gate import synthetic_inputs
 from protocol.errors import DataInvalid, DatasetMissing, PlanInvalid
 from protocol.plan import Plan
 from scenarios.simulate import Scenario

@@ -2,7 +2,8 @@
 
 The product knows nothing of this. A folder named in the environment may hold a file ``server`` or the name
 of an owner, with the name of a step and, in further lines, the process ids that die with it. The process
-that reaches the step removes the file, so that it dies once, and kills all of them and itself.
+that reaches the step removes the file, so that it dies once, and kills all of them and itself. With a line
+``alone`` it kills the others and goes on.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ class Kill:
         if step != self._step:
             return
         self._file.unlink()
-        for pid in map(int, others):
+        for pid in (int(one) for one in others if one != "alone"):
             # the process of the run before may have ended since it was named
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if "alone" not in others:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Setter:
