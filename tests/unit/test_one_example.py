@@ -234,7 +234,7 @@ def test_a_gradient_is_the_same_to_the_last_bit_whoever_else_is_there(
     count: int, kind: Callable[..., GradientEngine]
 ) -> None:
     torch.manual_seed(4)
-    for build, shape in MODELS:
+    for build, shape in MODELS if kind is BookKeeping else MODELS[:1]:
         engine = kind(build(), silent_but_for(6))
         x, y = torch.randn(48, *shape), torch.arange(48) % 6
         with threads(count):

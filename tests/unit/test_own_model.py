@@ -125,7 +125,7 @@ def test_correlations_at_every_shift_are_found(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_bound_on_few_products_is_no_smaller_than_their_probability() -> None:
-    """Sums of few products have heavier tails than normal ones; alarms stay below their level."""
+    """Sums of few products have heavier tails than normal ones; alarms stay below their level even so."""
     rng = np.random.default_rng(0)
     p = [repeats(rng.normal(size=(1, 40)))[3] for _ in range(4000)]
     assert np.mean(np.array(p) < 0.05) < 0.05
