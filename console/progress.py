@@ -104,6 +104,9 @@ class RunProgress:
         text = f"    attempt {facts['attempt']} is void ({facts['code']}); nothing was opened"
         self._console.print(Text(text, style="yellow"))
 
+    def _show_ran_away(self, facts: dict[str, Any]) -> None:
+        self._warn(f"round {facts['round']} gave a model that ran away ({facts['code']}); the run ends")
+
     def _show_round(self, facts: dict[str, Any]) -> None:
         if not self._head_shown:
             self._console.print(Text(_row([name for name, _, _ in COLUMNS]), style="bold"))

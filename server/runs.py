@@ -132,7 +132,7 @@ class BegunRuns:
         self._names = {file.parent.name for file in self._folder.glob("*/run.db")}
 
     def begun(self, name: str) -> None:
-        """Take note of a run that is about to begin or to be resumed."""
+        """Take note of a run that was handed to Flower."""
         with self._lock:
             self._names.add(name)
 
@@ -175,9 +175,13 @@ class BegunRuns:
         store = RunStore(self._folder / name, self._log)
         try:
             note_interruption(store)
-            if lost and store.get("state") == "submitted" and not store.is_carried_out():
+            number, waits = store.get("flower_run"), store.get("state") == "submitted"
+            if waits and number is None:
+                # prepared, and not handed to Flower yet
+                return True
+            if lost and waits and not store.is_carried_out():
                 record_end(store, RunInterrupted())
-                waited += [number for number in (store.get("flower_run"),) if number is not None]
+                waited.append(int(number))
             return store.get("state") not in ("submitted", "running")
         finally:
             store.close()

@@ -246,7 +246,8 @@ class SealStrategy(Strategy):
         with self._store.transaction():
             facts = attempt.facts(reason=error.code)
             self._store.void_attempt(attempt.number, attempt.purpose, attempt.round, facts)
-            self._store.event("void", attempt=attempt.number, round=attempt.round, code=error.code)
+            kind = "ran_away" if isinstance(error, ModelRanAway) else "void"
+            self._store.event(kind, attempt=attempt.number, round=attempt.round, code=error.code)
             self._record_members(session)
 
     def _finish(self, attempt: Attempt, model: GlobalModel, session: ServerSession) -> None:

@@ -66,7 +66,7 @@ class Runs(Protocol):
     """What a coordinator knows of the runs that it has begun; see `server.runs.BegunRuns`."""
 
     def begun(self, name: str) -> None:
-        """Take note of a run that is about to begin or to be resumed."""
+        """Take note of a run that was handed to Flower."""
 
     def note_ends(self, *, lost: bool = False) -> list[int]:
         """Record the interruption of each run whose process is gone; return ids of those that wait."""
@@ -131,10 +131,10 @@ class ControlEndpoint:
                 raise RunBusy
             name, plan_hash = store.folder.name, str(store.get("plan_hash"))
             self._log.record("operator.start", operator, run=name, plan_hash=plan_hash)
-            self._begun.begun(name)
             run_id = self._flower.start_run(name)
             store.set("flower_run", run_id)
             store.set("operator", operator)
+            self._begun.begun(name)
         return {"flower_run": run_id}
 
     def _stop(self, operator: str, body: bytes) -> dict[str, Any]:

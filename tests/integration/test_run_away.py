@@ -54,6 +54,9 @@ def test_the_round_that_makes_it_ends_the_run(
     attempts = store.attempts()
     assert len(attempts) == ended + 1, "nobody is asked for another round"
     assert attempts[-1]["reason"] == ModelRanAway.code
+    kinds = [kind for _, _, kind, _ in store.events()]
+    assert "ran_away" in kinds
+    assert "void" not in kinds, "its sum was opened"
     with pytest.raises(ModelRanAway) as caught:
         follow(store, lambda _kind, _facts: None)
     assert caught.value.exit_code == 12

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from console.progress import RunProgress
+from crypto.auditlog import AuditLog
 from protocol.errors import (
     NameUnknown,
     QuorumNotMet,
@@ -20,7 +21,7 @@ from protocol.errors import (
     RunPaused,
     ServerUnavailable,
 )
-from server.runs import note_interruption, open_run
+from server.runs import BegunRuns, note_interruption, open_run
 from server.store import RunStore
 from server.watch import follow, last_event
 
@@ -143,3 +144,51 @@ def test_the_terminal_says_who_is_missing_and_why() -> None:
         "from round 2 on, 3 owners agreed on keys that the coordinator cannot use; new: lab",
         "from round 3 on, 2 owners agreed on keys that the coordinator cannot use",
     ]
+
+
+def begun_runs(folder: Path) -> BegunRuns:
+    return BegunRuns(folder, AuditLog(folder / "log"))
+
+
+def test_a_coordinator_notes_which_runs_have_no_process(store: RunStore, tmp_path: Path) -> None:
+    """Those that ran, and where no process can come any more those that wait for one."""
+    waiting, prepared = RunStore(tmp_path / "runs" / "two"), RunStore(tmp_path / "runs" / "three")
+    store.set("state", "running")
+    for one in (waiting, prepared):
+        one.set("state", "submitted")
+    waiting.set("flower_run", 17)
+    runs = begun_runs(tmp_path)
+    assert runs.note_ends() == []
+    assert [one.get("state") for one in (store, waiting, prepared)] == ["paused", "submitted", "submitted"]
+    assert store.get("problem")["code"] == RunInterrupted.code
+    assert runs.note_ends(lost=True) == [17]
+    assert [one.get("state") for one in (waiting, prepared)] == ["paused", "submitted"]
+    assert list(prepared.events()) == []
+    waiting.close()
+    prepared.close()
+
+
+def test_a_run_that_is_carried_out_or_taken_up_again_is_left_alone(store: RunStore, tmp_path: Path) -> None:
+    store.claim()
+    store.set("state", "running")
+    runs = begun_runs(tmp_path)
+    runs.note_ends(lost=True)
+    assert store.get("state") == "running"
+    other = RunStore(store.folder)
+    with pytest.MonkeyPatch.context() as patch:
+        # another process takes the run up between the look at its lock and the note
+        patch.setattr(other, "is_carried_out", lambda: other.set("claims", 9))
+        assert not note_interruption(other)
+    assert store.get("state") == "running"
+    other.close()
+    store.close()
+    runs.note_ends()
+    again = RunStore(tmp_path / "runs" / "one")
+    assert again.get("state") == "paused"
+    again.close()
+
+
+def test_a_damaged_record_does_not_keep_a_coordinator_from_starting(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "bad").mkdir(parents=True)
+    (tmp_path / "runs" / "bad" / "run.db").write_bytes(b"no database at all" * 100)
+    assert begun_runs(tmp_path).note_ends(lost=True) == []
