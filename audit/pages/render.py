@@ -58,14 +58,19 @@ FIRST_SCREEN: tuple[tuple[str, tuple[str, ...]], ...] = (
 _ORDER = {"fail": 0, "missing": 1, "pass": 2, "not applicable": 3}
 
 
-def html(report: dict[str, Any]) -> str:
-    """Return the page of a report that fits the schema, as text of one HTML document."""
+def html(report: dict[str, Any], environment: Environment | None = None) -> str:
+    """Return the page of a report that fits the schema, as text of one HTML document.
+
+    Args:
+        report: As `audit.report.build_report` returns it.
+        environment: Another one than `templates` returns, for a test that watches what is rendered.
+    """
     results = {check["id"]: check for check in report["checks"]}
     grouped = {name: [results[i] for i in ids if i in results] for name, ids in LAYERS.items()}
     placed = {identifier for ids in LAYERS.values() for identifier in ids}
     grouped["mechanism"] += [check for name, check in results.items() if name not in placed]
     return (
-        _environment()
+        (environment or templates())
         .get_template("report.html.j2")
         .render(
             report=report,
@@ -98,9 +103,10 @@ def _first_screen(grouped: dict[str, list[dict[str, Any]]]) -> list[tuple[str, l
     ]
 
 
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    environment = Environment(
+@lru_cache(maxsize=2)
+def templates(kind: type[Environment] = Environment) -> Environment:
+    """Return the environment of all templates, in which a name that nothing defines is an error."""
+    environment = kind(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
