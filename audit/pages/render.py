@@ -16,8 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from audit import words
 from audit.checks.experiments import all_bounds
 from audit.checks.owners import owner_findings
+from audit.checks.verdict import grouped
+from audit.pages.answer import SOURCES, answer, percent_at_most
 from audit.pages.charts import accuracy_chart, bytes_chart, epsilon_chart
+from audit.pages.deployment import deployment
 from audit.pages.experiment_charts import bounds_chart, inversion_panels, roc_charts
+from audit.pages.listings import listed_attempts, strongest_bounds
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -79,14 +83,26 @@ def html(report: dict[str, Any], environment: Environment | None = None) -> str:
             epsilon_chart=epsilon_chart(report),
             accuracy_chart=accuracy_chart(report),
             bytes_chart=bytes_chart(report),
-            all_bounds=all_bounds(report),
+            answer=answer(report),
+            sources=SOURCES,
+            deployment=deployment(report),
+            attempts=listed_attempts(report),
+            bounds=strongest_bounds(all_bounds(report)),
             bounds_chart=bounds_chart(report),
             roc_charts=roc_charts(report),
             inversion_panels=inversion_panels(report),
+            groups=_reasons(report),
             owner_findings=owner_findings(report),
             owner_names={claim["fingerprint"]: claim["owner"] for claim in report["claims"]},
         )
     )
+
+
+def _reasons(report: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return the checks that keep the verdict from PASS, those of one reason together, failures first."""
+    unmet = [check for check in report["checks"] if check["status"] not in ("pass", "not applicable")]
+    failed = [check for check in unmet if check["status"] != "missing"]
+    return grouped(failed) + grouped(check for check in unmet if check["status"] == "missing")
 
 
 def _first_screen(grouped: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -115,4 +131,5 @@ def templates(kind: type[Environment] = Environment) -> Environment:
     )
     filters = ("size", "number", "factor", "moment", "odds", "path", "percent", "duration")
     environment.filters.update({name: getattr(words, name) for name in filters})
+    environment.filters["at_most"] = percent_at_most
     return environment

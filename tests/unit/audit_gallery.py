@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -60,6 +62,18 @@ def plan(noise: str, unit: str, rounds: int, evaluated: bool, owners: int) -> Pl
     return Plan.from_fields(fields)
 
 
+def shipped(file: Path) -> Plan:
+    """Return a plan of the scenarios, resolved but for the weights of its first model."""
+    given = Plan.from_toml(file.read_text(encoding="utf-8"))
+    model = given.model.model_copy(update={"initial_sha256": sha("model 0")})
+    named = given.model_copy(update={"model": model})
+    noise = named.privacy.model_copy(update={"noise_multiplier": calibrate(named)})
+    evaluation = named.evaluation
+    if evaluation is not None:
+        evaluation = evaluation.model_copy(update={"noise_multiplier": 40.0})
+    return named.model_copy(update={"privacy": noise, "evaluation": evaluation})
+
+
 def _attempt(run: Plan, number: int, purpose: str, owners: int, accuracy: float | None) -> dict[str, Any]:
     keys = list(members(owners).values())
     sums, sums_hash = None, sha(f"sums {number}")
@@ -105,6 +119,10 @@ def _counts(run: Plan, owners: int, *counts: float) -> list[int]:
     return [round((owners + count / span) * packing.half_levels) for count in counts]
 
 
+def _bounded(epsilon: float | None) -> float | None:
+    return None if epsilon is None or math.isinf(epsilon) else epsilon
+
+
 def _owner(run: Plan, name: str, keys: OwnerCredentials, sealed: int, signed: bool) -> dict[str, Any]:
     epsilon, delta = promised_loss(run)
     spent = run_epsilon(run, sealed, 0) if sealed else 0.0
@@ -115,8 +133,8 @@ def _owner(run: Plan, name: str, keys: OwnerCredentials, sealed: int, signed: bo
         plan_hash=run.sha256(),
         model_hash=sha("final model"),
         unit=run.privacy.unit,
-        epsilon=spent,
-        epsilon_worst=worst,
+        epsilon=_bounded(spent),
+        epsilon_worst=_bounded(worst),
         delta=0.0 if run.privacy.noise == "none" else run.privacy.delta,
         evaluation_epsilon=0.0,
         evaluation_delta=0.0,
@@ -133,7 +151,7 @@ def _owner(run: Plan, name: str, keys: OwnerCredentials, sealed: int, signed: bo
             "unit": run.privacy.unit,
             "adjacency": adjacency(run),
             "epsilon": epsilon,
-            "epsilon_worst": planned_worst(run),
+            "epsilon_worst": _bounded(planned_worst(run)),
             "delta": delta,
         },
         "statement": sign(keys.signing_key, statement).model_dump(mode="json") if signed else None,
@@ -157,6 +175,7 @@ def run_of(
     finished: int | None = None,
     measured: bool = True,
     signed: bool = True,
+    run: Plan | None = None,
     **changes: Any,
 ) -> RunEvidence:
     """Return evidence of a run.
@@ -171,14 +190,16 @@ def run_of(
         finished: Rounds that were finished; all of them by default.
         measured: There were public data to measure accuracy with.
         signed: Owners' closing statements arrived.
+        run: Another plan than one that is made from the above; all its rounds were finished.
         changes: Other fields that are replaced.
     """
-    run, done = plan(noise, unit, rounds, evaluated, owners), rounds if finished is None else finished
+    run = run or plan(noise, unit, rounds, evaluated, owners)
+    done = run.run.rounds if finished is None else finished
     attempts = []
     for number in range(1, done + 1):
         accuracy = round(0.5 + 0.45 * (1 - 0.9**number), 4) if measured else None
         attempts.append(_attempt(run, number, "train", owners, accuracy))
-        if evaluated and number % EVALUATED_EVERY == 0:
+        if run.evaluation is not None and number % run.evaluation.every == 0:
             attempts.append(_attempt(run, number, "evaluate", owners, None))
     keys = members(owners)
     listed = [describe(one.signing_certificate, NOW) for one in keys.values()]
