@@ -95,11 +95,17 @@ def demo(
     ),
     plan: Annotated[Path | None, typer.Option(help="Plan to run instead of the bundled one.")] = None,
     seed: Annotated[int, typer.Option(help="Decides which owner gets which rows.")] = 0,
+    no_audit: Annotated[
+        bool, typer.Option("--no-audit", help="End with the package; the report then lacks evidence.")
+    ] = False,
 ) -> None:
-    """Run a whole federation on this machine: certificates, four processes, training, package, report."""
+    """Run a whole federation on this machine: certificates, four processes, training, package, audit.
+
+    Exit with the audit's verdict: 0 PASS, 1 FAIL, 2 INCONCLUSIVE; 0 with --no-audit.
+    """
     from console.show import show_demo
 
-    show_demo(console, out, plan, seed)
+    raise typer.Exit(show_demo(console, out, plan, seed, audited=not no_audit))
 
 
 @app.command()

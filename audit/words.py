@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -64,3 +65,22 @@ def percent(share: float) -> str:
 def duration(seconds: float) -> str:
     """Return a number of seconds, or of minutes where there are many."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Return whole numbers in order, with runs of three or more as spans, for example ``1, 4 to 9``."""
+    runs: list[list[int]] = []
+    for value in sorted(set(numbers)):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    parts = [[f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(value) for value in run] for run in runs]
+    return ", ".join(part for listed in parts for part in listed)
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """Return names for a sentence: all of a few, else the first of them and how many others there are."""
+    if len(names) <= most:
+        return ", ".join(names) or "none"
+    return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} others"

@@ -29,8 +29,9 @@ def dump_json(value: Any) -> None:
     console.out(json.dumps(value, indent=2, sort_keys=True), highlight=False)
 
 
-def show_demo(console: Console, out: Path, plan_file: Path | None, seed: int) -> None:
-    """Run the demo and print its progress and summary."""
+def show_demo(console: Console, out: Path, plan_file: Path | None, seed: int, *, audited: bool) -> int:
+    """Run the demo, print its progress and summary, and return the exit status of its audit's verdict."""
+    from console.verdicts import show_verdict
     from scenarios.demo import PLANS, DemoOptions, run_demo
 
     if out.exists() and any(out.iterdir()):
@@ -39,13 +40,15 @@ def show_demo(console: Console, out: Path, plan_file: Path | None, seed: int) ->
     warn_if_unprotected(console, plan)
     progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")
     try:
-        summary = run_demo(DemoOptions(out.resolve(), plan, plan.cohort.maximum, seed), progress.show)
+        options = DemoOptions(out.resolve(), plan, plan.cohort.maximum, seed, audited)
+        summary = run_demo(options, progress.show)
     except (FedsealError, KeyboardInterrupt):
         console.print(f"stopped; all processes have ended. Logs: {out}/logs")
         console.print("To go on: remove the folder and start again, or choose another --out.")
         raise
     console.print()
     show_pairs(console, summary_rows(summary))
+    return show_verdict(console, summary)
 
 
 def show_simulation(console: Console, scenario_file: Path, out: Path | None, repeat: int) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from audit.conclude import Conclusion, conclude
+from audit.report import write_report
 from client.ledger import Ledger
 from client.owner import IDENTITY, LEDGER, read_policy
 from protocol.errors import ServerUnavailable
 from protocol.plan import Plan
+from scenarios.demo_audit import audit_demo
 from scenarios.federation import Federation, OwnerHome, make_federation
 from scenarios.processes import Processes
 from server.addresses import read_addresses
@@ -37,12 +39,14 @@ class DemoOptions:
         plan: Plan of the run.
         owners: Number of owner processes.
         seed: Decides who owns which rows; the privacy noise does not depend on it.
+        audited: Owners' findings and the quick experiments are part of the report.
     """
 
     out: Path
     plan: Plan
     owners: int = 3
     seed: int = 0
+    audited: bool = True
 
 
 def run_demo(options: DemoOptions, listen: Listener) -> dict[str, Any]:
@@ -77,16 +81,21 @@ def run_demo(options: DemoOptions, listen: Listener) -> dict[str, Any]:
         )
     listen("stage", {"text": "compressing, packaging and signing the model"})
     key = release_key(federation.server_home, federation.server_passphrase)
-    conclusion = conclude(
-        store,
-        federation.server_home,
-        key,
-        options.out / "result",
-        lambda text: listen("step", {"text": text}),
-    )
+
+    def progress(text: str) -> None:
+        listen("step", {"text": text})
+
+    result = options.out / "result"
+    conclusion = conclude(store, federation.server_home, key, result, progress)
     if conclusion.problem is not None:
         raise conclusion.problem
+    if options.audited:
+        listen("stage", {"text": "auditing: the owners at their homes, and attacks on what they protect"})
+        report = audit_demo(store, federation, public_file, key, progress)
+        write_report(report, result)
+        conclusion = replace(conclusion, verdict=report["verdict"])
     summary = summarize(store, federation, conclusion, time.monotonic() - started)
+    summary["audit"]["made"] = options.audited
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     store.close()
     return summary
@@ -182,6 +191,7 @@ def summarize(
         },
         "audit": {
             "verdict": conclusion.verdict["status"],
+            "reasons": conclusion.verdict["reasons"],
             "report": str(conclusion.report_html),
         },
     }

@@ -246,8 +246,11 @@ class SealStrategy(Strategy):
         with self._store.transaction():
             facts = attempt.facts(reason=error.code)
             self._store.void_attempt(attempt.number, attempt.purpose, attempt.round, facts)
-            kind = "ran_away" if isinstance(error, ModelRanAway) else "void"
-            self._store.event(kind, attempt=attempt.number, round=attempt.round, code=error.code)
+            named = {"attempt": attempt.number, "round": attempt.round, "code": error.code}
+            if isinstance(error, ModelRanAway):
+                self._store.event("ran_away", **named)
+            else:
+                self._store.event("void", **named)
             self._record_members(session)
 
     def _finish(self, attempt: Attempt, model: GlobalModel, session: ServerSession) -> None:

@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "audit.collecting": {"evidence"},
     "audit.statistics": {"evidence"},
     "audit.laboratory": {"evidence", "statistics"},
-    "audit.checks": {"evidence", "statistics", "words"},
+    "audit.checks": {"evidence", "facts", "statistics", "words"},
     "audit.pages": {"checks", "statistics", "words"},
 }
 """The rooms of packages that have some, and what else of its package each may import."""

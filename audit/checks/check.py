@@ -31,3 +31,17 @@ def not_applicable(identifier: str, title: str, reason: str) -> Check:
 def names(claims: Iterable[dict[str, Any]]) -> str:
     """Return the owners of some claims for a sentence."""
     return ", ".join(str(claim["owner"]) for claim in claims)
+
+
+def by_reason(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Return each reason once, with the owners of whom it holds.
+
+    Args:
+        said: Owner and reason, in order; a reason is a sentence.
+    """
+    owners: dict[str, list[str]] = {}
+    for owner, reason in said:
+        listed = owners.setdefault(reason, [])
+        if owner not in listed:
+            listed.append(owner)
+    return [f"{', '.join(listed)}: {reason}" for reason, listed in owners.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from audit.checks.check import Check, Report, not_applicable, result
+from audit.checks.check import Check, Report, by_reason, not_applicable, result
 from audit.checks.experiments import untested
 
 REMEDY = "Ask each owner to run “fedseal audit owner” and to send its signed findings."
@@ -30,23 +30,24 @@ def owner_code(report: Report) -> Check:
     if report["subject"]["kind"] == "simulation":
         return not_applicable(identifier, title, _SIMULATED)
     found, lab = owner_findings(report), report["laboratory"]
-    failed, missing = _unsigned(report), _silent(report, found, "findings")
+    failed, missing = _unsigned(report), _silent(report, found)
     hashes = {body["mechanism"]["code_hash"] for bodies in found.values() for body in bodies}
     hashes |= set() if lab is None else {lab["mechanism"]["code_hash"]}
     if len(hashes) > 1:
         failed.append("Not all of them run the same code, or not the code that was audited.")
+    wrong, lacking = [], []
     for claim in report["claims"]:
         for body in found[claim["fingerprint"]]:
-            wrong, lacking = untested(report, body["mechanism"])
-            failed += [f"{claim['owner']}: {reason}" for reason in wrong]
-            missing += [f"{claim['owner']}: {reason}" for reason in lacking]
+            deviating, absent = untested(report, body["mechanism"])
+            wrong += [(claim["owner"], reason) for reason in deviating]
+            lacking += [(claim["owner"], reason) for reason in absent]
     return result(
         identifier,
         title,
         f"Signed findings of {sum(bool(bodies) for bodies in found.values())} of {len(found)} owners. "
         "The files of the mechanism were compared by their hash.",
-        failed=failed,
-        missing=missing,
+        failed=failed + by_reason(wrong),
+        missing=missing + by_reason(lacking),
         limit="An owner that lies about its own code harms the privacy of its own records.",
     )
 
@@ -72,7 +73,7 @@ def key_custody(report: Report) -> Check:
         f"{len(stored)} secrets on disk, {len(listed + report['keys']) - len(stored)} in memory only, as "
         "their holders found them.",
         failed=failed,
-        missing=_silent(report, kept, "findings about keys")
+        missing=_silent(report, found, kept, "keys on disk")
         + ([] if own else ["The coordinator's own keys are not on record."]),
         limit="Whoever controls a holder's machine while it runs can read its memory.",
     )
@@ -98,17 +99,19 @@ def owner_ledgers(report: Report) -> Check:
         for name, bodies in found.items()
     }
     heads = ledger_heads(report)
-    for claim in report["claims"]:
-        name = claim["fingerprint"]
-        reasons = [reason for table in tables[name] for reason in _overdrawn(table, claim, heads[name])]
-        failed += [f"{claim['owner']}: {reason}" for reason in dict.fromkeys(reasons)]
+    failed += by_reason(
+        (claim["owner"], reason)
+        for claim in report["claims"]
+        for table in tables[claim["fingerprint"]]
+        for reason in _overdrawn(table, claim, heads[claim["fingerprint"]])
+    )
     uncapped = [table["dataset"] for listed in tables.values() for table in listed if not _capped(table)]
     return result(
         identifier,
         title,
         f"Signed ledgers of {sum(map(bool, tables.values()))} of {len(tables)} owners.",
         failed=failed,
-        missing=_silent(report, tables, "ledger"),
+        missing=_silent(report, found, tables, "its ledger"),
         limit=f"No cap stands in the ledgers of: {', '.join(uncapped)}."
         if uncapped
         else "People with records under several data sets or owners are counted once for each.",
@@ -162,11 +165,26 @@ def _unsigned(report: Report) -> list[str]:
     return [f"{forged} findings were not signed by an owner of this run."] if forged else []
 
 
-def _silent(report: Report, found: dict[str, list[Any]], what: str) -> list[str]:
-    silent = [claim["owner"] for claim in report["claims"] if not found[claim["fingerprint"]]]
+def silent(report: Report) -> list[str]:
+    """Return the owners of whom there are no signed findings."""
+    found = owner_findings(report)
+    return sorted(claim["owner"] for claim in report["claims"] if not found[claim["fingerprint"]])
+
+
+def _silent(
+    report: Report, found: dict[str, list[Any]], told: dict[str, list[Any]] | None = None, what: str = ""
+) -> list[str]:
+    """Return what owners did not say: findings at all, or something that findings should speak about."""
     if not report["claims"]:
         return ["The run has no owner on record."]
-    return [f"No signed {what} from: {', '.join(silent)}. {REMEDY}"] if silent else []
+    lacking = silent(report)
+    reasons = [f"No signed findings from: {', '.join(lacking)}. {REMEDY}"] if lacking else []
+    mute = sorted(
+        claim["owner"]
+        for claim in report["claims"]
+        if told is not None and found[claim["fingerprint"]] and not told[claim["fingerprint"]]
+    )
+    return reasons + ([f"Findings that say nothing about {what}, from: {', '.join(mute)}."] if mute else [])
 
 
 def _names(keys: list[dict[str, Any]]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from audit.checks.check import Check, Report, names, result
+from audit.checks.check import Check, Report, by_reason, names, result
+from audit.words import spans
 
 
 def noise_on(report: Report) -> Check:
@@ -75,7 +76,9 @@ def statements_agree(report: Report) -> Check:
     wrong = [c for c in claims if c["disagreements"] and c not in forged]
     absent = [c for c in claims if c["statement"] == "missing"]
     failed = [f"The signature does not verify for: {names(forged)}."] if forged else []
-    failed += [f"{c['owner']} signed something else in: {', '.join(c['disagreements'])}." for c in wrong]
+    failed += by_reason(
+        (c["owner"], f"signed something else in: {', '.join(c['disagreements'])}.") for c in wrong
+    )
     missing = [f"No signed statement from: {names(absent)}."] if absent else []
     return result(
         "statements-agree",
@@ -107,9 +110,9 @@ def evaluations_planned(report: Report) -> Check:
     opened = [r["round"] for r in report["rounds"] if r["purpose"] == "evaluate" and not r["void"]]
     tried = sum(r["purpose"] == "evaluate" for r in report["rounds"])
     every, most = (plan["every"], plan["evaluations"]) if plan else (1, 0)
-    off = [str(number) for number in opened if number % every and number != last]
+    off = [number for number in opened if number % every and number != last]
     failed = ["There are more evaluations than the plan pays for."] if tried > most else []
-    failed += [f"The plan does not evaluate the model after round {', '.join(off)}."] if off else []
+    failed += [f"The plan does not evaluate the model after round {spans(off)}."] if off else []
     failed += ["A model was evaluated twice."] if len(set(opened)) < len(opened) else []
     spent = max((float(c["spent"]["evaluation_epsilon"]) for c in report["claims"]), default=0.0)
     return result(

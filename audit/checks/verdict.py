@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from audit.checks import experiments, owners, privacy
 from audit.checks.check import Check, Report, names, not_applicable, result
+from audit.words import spans
 from crypto.presets import broken_byte_promise
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -44,16 +45,28 @@ def verdict(results: Iterable[Check], kind: str = "deployment") -> dict[str, Any
         kind: What was audited; of anything but a ``deployment`` the first reason says so.
 
     Returns:
-        `status` and `reasons`. One failed check makes it FAIL; else one missing check, or no check that
-        applies, makes it INCONCLUSIVE; else it is PASS. An unknown status counts as failed.
+        `status` and `reasons`, of which no two say the same of different checks. One failed check makes it
+        FAIL; else one missing check, or no check that applies, makes it INCONCLUSIVE; else it is PASS. An
+        unknown status counts as failed.
     """
     listed = [check for check in results if check["status"] != "not applicable"]
     failed = [check for check in listed if check["status"] not in ("pass", "missing")]
     missing = [check for check in listed if check["status"] == "missing"]
     status: Status = "FAIL" if failed else "INCONCLUSIVE" if missing or not listed else "PASS"
-    reasons = [f"{check['title']}: {check['gap']}" for check in failed + missing]
+    reasons = [
+        f"{'; '.join(check['title'] for check in group)}: {group[0]['gap']}"
+        for group in [*grouped(failed), *grouped(missing)]
+    ]
     preface = [] if kind == "deployment" else [SIMULATED]
     return {"status": status, "reasons": preface + (reasons if listed else ["Nothing was checked."])}
+
+
+def grouped(listed: Iterable[Check]) -> list[list[Check]]:
+    """Return checks in groups of one and the same reason, in order of the first of each."""
+    groups: dict[str, list[Check]] = {}
+    for check in listed:
+        groups.setdefault(check["gap"], []).append(check)
+    return list(groups.values())
 
 
 def recompute(report: Report) -> dict[str, Any]:
@@ -119,12 +132,12 @@ def _plan_binding(report: Report) -> Check:
 
 def _openings_agree(report: Report) -> Check:
     rounds, quorum = _opened(report), report["promise"]["quorum"]
-    weak = [str(r["round"]) for r in rounds if r["agreeing_openings"] < quorum]
+    weak = [r["round"] for r in rounds if r["agreeing_openings"] < quorum]
     return result(
         "openings-agree",
         "In each round enough owners signed the same sum",
         f"{len(rounds)} sums. At least {quorum} valid, equal signatures are needed in each.",
-        failed=[f"Too few valid, equal signatures in round {', '.join(weak)}."] if weak else [],
+        failed=[f"Too few valid, equal signatures in round {spans(weak)}."] if weak else [],
         missing=[] if rounds else ["No round was finished."],
         limit="Owners who agree to sign a wrong sum are not detected.",
     )
@@ -133,11 +146,11 @@ def _openings_agree(report: Report) -> Check:
 def _cohort_size(report: Report) -> Check:
     rounds, minimum = _opened(report), report["promise"]["cohort_minimum"]
     sizes = [len(set(entry["contributors"])) for entry in rounds]
-    small = [str(r["round"]) for r, size in zip(rounds, sizes, strict=True) if size < minimum]
+    small = [r["round"] for r, size in zip(rounds, sizes, strict=True) if size < minimum]
     known = {claim["fingerprint"] for claim in report["claims"]}
-    strangers = [str(r["round"]) for r in rounds if not set(r["contributors"]) <= known]
-    failed = [f"Too few owners in round {', '.join(small)}."] if small else []
-    failed += [f"Unknown owners in round {', '.join(strangers)}."] if strangers else []
+    strangers = [r["round"] for r in rounds if not set(r["contributors"]) <= known]
+    failed = [f"Too few owners in round {spans(small)}."] if small else []
+    failed += [f"Unknown owners in round {spans(strangers)}."] if strangers else []
     limit = "" if minimum >= 3 else "Fewer than three owners: each can work out the other's update."
     return result(
         "cohort-size",

@@ -8,13 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from audit.words import number, size
+
+T = TypeVar("T")
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 18, 172
 """Plot area of a line chart, in units of its view box. It fits a narrow telephone at full size."""
+
+MOST_DOTS = 24
+"""Most values that get a dot each; of more, only the last has one."""
+
+MOST_POINTS = 240
+"""Most points of a line, about one for each pixel of its width."""
 
 BAR_HEAD, BAR_ROW, BAR_LEFT, BAR_RIGHT = 28, 15, 4, 264
 """Height of an exchange's name and of each bar below it, and the horizontal room of the bars."""
@@ -33,12 +41,14 @@ class LineChart:
     """A line over rounds, in view box units.
 
     Attributes:
-        points: Positions of the values.
+        points: Positions of the values, of many rounds evenly chosen ones, the last among them.
+        label: Where the last value is written, inside the plot.
         cap: Height of the limit line; None if there is none.
         summary: What the chart shows, for those who cannot see it.
     """
 
     points: list[tuple[float, float]]
+    label: tuple[float, float]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     cap: float | None
@@ -50,6 +60,11 @@ class LineChart:
     def path(self) -> str:
         """Return the points as an SVG `points` attribute."""
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
+
+    @property
+    def dots(self) -> list[tuple[float, float]]:
+        """Return the points that are drawn as dots."""
+        return self.points if len(self.points) <= MOST_DOTS else self.points[-1:]
 
 
 @dataclass(frozen=True)
@@ -162,13 +177,25 @@ def _line_chart(
         return BOTTOM - (y - low) / tall * (BOTTOM - TOP)
 
     cap = rest.pop("cap")
+    points = [(across(x), up(y)) for x, y in evenly(values, MOST_POINTS)]
+    right, height = points[-1]
     return LineChart(
-        points=[(across(x), up(y)) for x, y in values],
+        points=points,
+        # below the line, or above it where the axis is near; never beyond the left edge
+        label=(max(right, LEFT + 52.0), height + 26.0 if height < BOTTOM - 30 else height - 10.0),
         x_ticks=[Tick(across(x), f"{x:.0f}") for x in ticks(first, last, 6) if x == round(x)],
         y_ticks=[Tick(up(y), label(y)) for y in ticks(low, high, 4)],
         cap=None if cap is None else up(cap),
         **rest,
     )
+
+
+def evenly(values: Sequence[T], most: int) -> list[T]:
+    """Return all values if there are at most `most`, else so many at even distances, first and last too."""
+    if len(values) <= most:
+        return list(values)
+    step = (len(values) - 1) / (most - 1)
+    return [values[round(index * step)] for index in range(most)]
 
 
 def ticks(low: float, high: float, count: int) -> Iterable[float]:

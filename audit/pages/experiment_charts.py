@@ -12,6 +12,7 @@ from typing import Any
 
 from audit.checks.experiments import all_bounds
 from audit.pages.charts import Tick, ticks
+from audit.pages.listings import strongest_bounds
 from audit.statistics.roc import ceiling
 from audit.words import number, percent
 
@@ -77,7 +78,7 @@ class BoundsChart:
 
 def bounds_chart(report: dict[str, Any]) -> BoundsChart | None:
     """Return the lower bounds beside the claimed epsilon; None if there are none."""
-    bounds = all_bounds(report)
+    bounds = strongest_bounds(all_bounds(report))
     if not bounds:
         return None
     largest = max(max(b["epsilon"], b["claimed"] or 0.0) for b in bounds) or 1.0

@@ -16,8 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from audit import words
 from audit.checks.experiments import all_bounds
 from audit.checks.owners import owner_findings
+from audit.checks.verdict import grouped
+from audit.pages.answer import SOURCES, answer, percent_at_most
 from audit.pages.charts import accuracy_chart, bytes_chart, epsilon_chart
+from audit.pages.deployment import deployment
 from audit.pages.experiment_charts import bounds_chart, inversion_panels, roc_charts
+from audit.pages.listings import listed_attempts, strongest_bounds
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -58,14 +62,19 @@ FIRST_SCREEN: tuple[tuple[str, tuple[str, ...]], ...] = (
 _ORDER = {"fail": 0, "missing": 1, "pass": 2, "not applicable": 3}
 
 
-def html(report: dict[str, Any]) -> str:
-    """Return the page of a report that fits the schema, as text of one HTML document."""
+def html(report: dict[str, Any], environment: Environment | None = None) -> str:
+    """Return the page of a report that fits the schema, as text of one HTML document.
+
+    Args:
+        report: As `audit.report.build_report` returns it.
+        environment: Another one than `templates` returns, for a test that watches what is rendered.
+    """
     results = {check["id"]: check for check in report["checks"]}
     grouped = {name: [results[i] for i in ids if i in results] for name, ids in LAYERS.items()}
     placed = {identifier for ids in LAYERS.values() for identifier in ids}
     grouped["mechanism"] += [check for name, check in results.items() if name not in placed]
     return (
-        _environment()
+        (environment or templates())
         .get_template("report.html.j2")
         .render(
             report=report,
@@ -74,14 +83,26 @@ def html(report: dict[str, Any]) -> str:
             epsilon_chart=epsilon_chart(report),
             accuracy_chart=accuracy_chart(report),
             bytes_chart=bytes_chart(report),
-            all_bounds=all_bounds(report),
+            answer=answer(report),
+            sources=SOURCES,
+            deployment=deployment(report),
+            attempts=listed_attempts(report),
+            bounds=strongest_bounds(all_bounds(report)),
             bounds_chart=bounds_chart(report),
             roc_charts=roc_charts(report),
             inversion_panels=inversion_panels(report),
+            groups=_reasons(report),
             owner_findings=owner_findings(report),
             owner_names={claim["fingerprint"]: claim["owner"] for claim in report["claims"]},
         )
     )
+
+
+def _reasons(report: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return the checks that keep the verdict from PASS, those of one reason together, failures first."""
+    unmet = [check for check in report["checks"] if check["status"] not in ("pass", "not applicable")]
+    failed = [check for check in unmet if check["status"] != "missing"]
+    return grouped(failed) + grouped(check for check in unmet if check["status"] == "missing")
 
 
 def _first_screen(grouped: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -98,9 +119,10 @@ def _first_screen(grouped: dict[str, list[dict[str, Any]]]) -> list[tuple[str, l
     ]
 
 
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    environment = Environment(
+@lru_cache(maxsize=2)
+def templates(kind: type[Environment] = Environment) -> Environment:
+    """Return the environment of all templates, in which a name that nothing defines is an error."""
+    environment = kind(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
@@ -109,4 +131,5 @@ def _environment() -> Environment:
     )
     filters = ("size", "number", "factor", "moment", "odds", "path", "percent", "duration")
     environment.filters.update({name: getattr(words, name) for name in filters})
+    environment.filters["at_most"] = percent_at_most
     return environment

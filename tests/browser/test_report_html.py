@@ -22,6 +22,7 @@ from audit.pages import charts, experiment_charts, render
 from audit.report import build_report, write_report
 from tests.unit.audit_evidence import NOW, OWNERS, evidence, evidence_fields
 from tests.unit.audit_experiments import findings, findings_fields, lab
+from tests.unit.audit_gallery import run_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -38,7 +39,7 @@ SECTIONS = {
     "reasons", "guarantee", "budget", "mechanism", "attacks", "received", "rounds", "keys", "deployment",
     "dpia", "reproduce", "versions", "glossary",
 }  # fmt: skip
-ALL = ["audited", "plain", "simulated", "none", "hostile", "failed"]
+ALL = ["audited", "plain", "simulated", "none", "hostile", "failed", "long", "many"]
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 HOSTILE = '<script>document.title="taken"</script><img src=x onerror=alert(1)>"\'&{{7*7}}'
 
@@ -164,6 +165,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "none": build_report(evidence(none), NOW, None, lab(none), findings(none)),
         "hostile": build_report(RunEvidence.from_fields(hostile), NOW, None, None, findings(ledger=ledger)),
         "failed": build_report(evidence(**nothing, **barely), NOW),
+        "long": build_report(run_of(rounds=1000, evaluated=True), NOW),
+        "many": build_report(run_of(owners=100), NOW),
     }
     return {name: write_report(report, folder / name)[1] for name, report in reports.items()}
 
@@ -206,12 +209,18 @@ def test_page_has_landmarks_captions_and_text_for_charts(tab: Tab, pages: dict[s
     assert all(after <= before + 2 for before, after in pairwise(headings))
 
 
-def test_first_screen_holds_the_verdict_and_every_check(tab: Tab, pages: dict[str, Path]) -> None:
-    for name, verdict in (("audited", "PASS"), ("plain", "INCONCLUSIVE"), ("simulated", "PASS")):
+def test_first_screen_holds_the_verdict_and_what_a_signer_asks(tab: Tab, pages: dict[str, Path]) -> None:
+    verdicts = {
+        "audited": "PASS", "plain": "INCONCLUSIVE not signed", "simulated": "PASS of a simulation",
+        "long": "INCONCLUSIVE not signed", "many": "INCONCLUSIVE not signed",
+    }  # fmt: skip
+    for name, verdict in verdicts.items():
         tab.open(pages[name])
         assert tab.value("document.querySelector('#verdict').textContent") == verdict
         assert tab.value("document.querySelectorAll('.lines li').length") == 26
-        assert tab.value("document.querySelector('.layers').getBoundingClientRect().bottom") <= 1000
+        assert tab.value("document.querySelector('.answer').getBoundingClientRect().bottom") <= 900
+        assert tab.value("document.querySelector('.todo').getBoundingClientRect().bottom") <= 1300
+    tab.open(pages["simulated"])
     head = tab.value("document.querySelector('.verdict-head').innerText")
     assert "A simulation was audited, not a deployment." in head
     tab.open(pages["plain"])
@@ -226,7 +235,8 @@ def test_absence_of_noise_is_loud_and_red(tab: Tab, pages: dict[str, Path]) -> N
         tab.value("getComputedStyle(document.querySelector('.alarm')).backgroundColor")
         == "rgb(176, 15, 15)"
     )
-    assert tab.value("document.querySelector('#verdict').textContent") == "FAIL"
+    assert tab.value("document.querySelector('#verdict').textContent") == "FAIL not signed"
+    assert "No limit" in tab.value("document.querySelector('.epsilon').innerText")
     tab.open(pages["plain"], 360)
     assert tab.value("document.querySelector('.alarm')") is None
 
@@ -274,9 +284,8 @@ def shots(tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: folder / name
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["audited", "none"])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize("name", ["audited", "plain", "simulated", "none", "long", "many"])
 def test_page_can_be_pictured(
     tab: Tab, pages: dict[str, Path], shots: Callable[[str], Path], name: str, width: int, scheme: str
 ) -> None:
@@ -320,8 +329,10 @@ def test_page_names_no_other_source(report: dict[str, Any]) -> None:
 
 def test_page_says_verdict_reasons_and_figures(report: dict[str, Any]) -> None:
     page = render.html(report)
-    assert '<h2 id="verdict">PASS</h2>' in page
-    assert all(reason in page for reason in report["verdict"]["reasons"])
+    assert '<h2 id="verdict">PASS <small>not signed</small></h2>' in page
+    bare = build_report(evidence(), NOW)
+    said = render.html(bare)
+    assert all(item["gap"] in said for item in bare["checks"] if item["status"] == "missing")
     assert all(item["title"].replace("'", "&#39;") in page for item in report["checks"])
     assert f">{report['claims'][0]['spent']['epsilon']:.4g}<" in page
     assert "No privacy noise" not in page

@@ -102,7 +102,17 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     paths = [str(folder / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {name: value for name, value in os.environ.items() if name not in FLOWER_ENVIRONMENT}
     environment |= {"PYTHONPATH": os.pathsep.join(paths), MARK: mark}
-    command = [sys.executable, "-m", "fedseal", "demo", "--plan", str(plan), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "fedseal",
+        "demo",
+        "--no-audit",
+        "--plan",
+        str(plan),
+        "--out",
+        str(out),
+    ]
     with (folder / "output").open("wb") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     result = Watched(-1, "", out, [])
