@@ -81,7 +81,7 @@ def changed(array: np.ndarray[Any, Any], value: float) -> np.ndarray[Any, Any]:
         (changed(X, -0.5), Y, "value_range"),
         (X, Y.astype(np.float64), "integer"),
         (X, Y[:5], "integer"),
-        (X, Y.reshape(6, 1), "integer"),
+        (X, Y.reshape(1, 6), "integer"),
         (X, changed(Y, 10), "labels"),
         (X, changed(Y, -1), "labels"),
         (X, changed(Y.astype(np.uint64), 2**63), "labels"),
@@ -131,7 +131,7 @@ def test_files_that_are_not_examples_are_refused_without_their_path(tmp_path: Pa
     with pytest.raises(DataInvalid) as caught:
         TASK.read(path)
     assert "secret-ward" not in str(caught.value)
-    assert caught.value.__suppress_context__
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
 def test_a_single_array_file_is_refused(tmp_path: Path) -> None:
