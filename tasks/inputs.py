@@ -94,7 +94,9 @@ CENTRED_UNIT_ROWS = (
 
 GREY_IMAGES = "Scale the raw values linearly from raw_range to [-1, 1] and add a channel axis in front."
 
-COLOUR_IMAGES = "Scale the raw values linearly from raw_range to [-1, 1]; the first axis holds the channels."
+COLOUR_IMAGES = (
+    "Scale the raw values linearly from raw_range to [-1, 1]; the first axis holds the channels."
+)
 
 FEATURES = (
     f"Scale the raw values linearly from raw_range to [0, 1]; take the scattering transform of order 2 "
