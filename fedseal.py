@@ -24,6 +24,7 @@ from console.options import (
     OperatorFolder,
     OperatorPassphraseFile,
     PassphraseFile,
+    PlanOption,
     ask_passphrase,
     console,
     read_plan,
@@ -254,12 +255,13 @@ def stop(
 def doctor(
     home: Annotated[Path | None, typer.Option(help="Also check this party's home folder.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port that must be free.")] = 8443,
+    plan: PlanOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check this machine: Python, packages, encryption, ports, clock, certificates."""
     from console.doctor import examine, show_findings
 
-    findings = examine(home, port)
+    findings = examine(home, port, None if plan is None else read_plan(plan))
     if not show_findings(console, findings, as_json=as_json):
         raise typer.Exit(10)
 

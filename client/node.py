@@ -85,6 +85,7 @@ def run_node(home: Path, passphrase: bytes, address: str, *, keep_trying: bool =
 
 def _serve(owner: Owner, home: Path, address: str, stop: threading.Event, link: Link) -> None:
     """Answer a coordinator until told to stop, or until the connection breaks, which raises."""
+    owner.describe_data()
     identity = home / IDENTITY
     context = partial(tls_context, identity / "ca.crt", identity / "transport.crt", owner.credentials)
     watch = CoordinatorWatch(owner.trust, address, context)

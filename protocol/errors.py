@@ -128,6 +128,15 @@ class LedgerConflict(FedsealError):
     exit_code = 3
 
 
+class DatasetRenamed(LedgerConflict):
+    """A policy names another dataset than the one whose budget the home's ledger keeps."""
+
+    code = "FS-POLICY-04"
+    what = "policy.toml names another dataset than the ledger of this home."
+    remedy = "Put the old name back; data about other people needs a home and a ledger of its own."
+    exit_code = 3
+
+
 class EncodingInvalid(FedsealError):
     """Bytes of a peer are not the canonical encoding of the expected message."""
 

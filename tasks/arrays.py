@@ -8,6 +8,7 @@ value: they say what kind of thing is wrong, for the owner alone.
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import stat
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ class Form:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[io.BufferedReader]:
     """Open a regular file for reading; a pipe or a device is refused at once and never waited for.
 
     Raises:
