@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile import HostileFederation, HostileRun
 
 from client.owner import POLICY, Owner, open_owner
 from client.sources import SETTLED_S
@@ -22,8 +21,34 @@ from protocol.messages import JoinRequest
 from protocol.plan import Plan
 from scenarios.federation import DATA, Federation, PolicySettings, make_federation
 from tasks.partition import digits, write_examples
+from tasks.resolve import resolve
+from tests.attacks.hostile import HostileFederation, HostileRun
 
 OWNER = 1
+PLAN = {
+    "run": {"name": "changed", "rounds": 4, "spare_attempts": 4},
+    "task": {
+        "name": "image-classification",
+        "input_shape": [8, 8],
+        "value_range": [0.0, 16.0],
+        "classes": 10,
+    },
+    "model": {"name": "linear"},
+    "cohort": {"minimum": 3, "maximum": 5},
+    "training": {"local_steps": 1, "learning_rate": 0.5},
+    "privacy": {
+        "target_epsilon": 8.0,
+        "delta": 1e-6,
+        "sample_rate": 0.5,
+        "expected_batch_size": 100.0,
+    },
+    "encryption": {"preset": "exact16", "quorum": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return resolve(Plan.from_fields(PLAN))
 
 
 @pytest.fixture(scope="module")
