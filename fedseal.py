@@ -22,6 +22,7 @@ from console.options import (
     OperatorFolder,
     OperatorPassphraseFile,
     PassphraseFile,
+    PlanOption,
     Proxy,
     ask_passphrase,
     console,
@@ -284,12 +285,13 @@ def doctor(
     ] = None,
     proxy: Proxy = None,
     passphrase_file: PassphraseFile = None,
+    plan: PlanOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check this machine: Python, packages, encryption, ports, clock, certificates, the way to a server."""
     from console.doctor import examine, show_findings
 
-    findings = examine(home, port)
+    findings = examine(home, port, None if plan is None else read_plan(plan))
     if server is not None:
         from client.proxy import chosen_proxy
         from console.doctor_net import check_server

@@ -35,6 +35,7 @@ from protocol.messages import (
     RosterRequest,
     SealRequest,
 )
+from protocol.plan import Plan
 from protocol.records import from_record, to_record
 from protocol.storage import from_os
 
@@ -116,7 +117,10 @@ def _places(error: BaseException) -> str:
 def _answer_join(owner: Owner, body: bytes, blob: bytes) -> Answer:
     request, digest = JoinRequest.from_bytes(body), digest_bytes(body + blob)
     known = owner.store.answer(request.run, digest)
-    return known or _store(owner, joining.join(owner, request, blob), digest, 0)
+    if known is not None:
+        owner.require_allowed(Plan.from_fields(request.plan))
+        return known
+    return _store(owner, joining.join(owner, request, blob), digest, 0)
 
 
 def _answer(exchange: Exchange, owner: Owner, body: bytes, blob: bytes) -> Answer:

@@ -17,7 +17,6 @@ from client.membership import (
     verified_bodies,
 )
 from client.owner import Owner
-from client.policy import admit
 from client.rounds import discard_pending
 from client.starting import first_model, later_model, require_vouched
 from client.state import Outcome, RunState
@@ -65,7 +64,8 @@ def join(owner: Owner, request: JoinRequest, blob: bytes) -> Outcome:
 
     Raises:
         PlanInvalid, NoiseTooSmall, CapacityExceeded: The plan itself is not acceptable.
-        PolicyRefused, BudgetExhausted: This owner does not allow it.
+        PolicyInvalid, PolicyRefused, BudgetExhausted: This owner does not allow it, as of now.
+        DataUnavailable, DataInvalid: Its data was withdrawn, or does not fit.
         ModelMismatch: The plan names another initial model than this code builds.
         ProtocolViolation: The run was joined before, and this is not a later roster of it.
         LedgerOutrun: This owner was shown a head that it signed and its ledger does not hold.
@@ -126,7 +126,7 @@ def check_plan(owner: Owner, plan: Plan) -> GlobalModel:
     require_evaluation_target(plan)
     require_shares(plan)
     self_test(plan_context(plan))
-    admit(owner.policy, plan)
+    owner.require_allowed(plan)
     model = GlobalModel.initial(owner.task(plan).initial_weights(plan))
     if model.sha256() != plan.model.initial_sha256:
         raise ModelMismatch("model.initial_sha256 is not the hash of the model that this code builds")

@@ -43,7 +43,13 @@ from client.policy import Policy
 from client.spending import Spending, Spent, Totals, planned_cost
 from crypto.locks import exclusive
 from protocol.encoding import decode
-from protocol.errors import EncodingInvalid, LedgerConflict, LedgerCorrupt, LedgerRollback
+from protocol.errors import (
+    DatasetRenamed,
+    EncodingInvalid,
+    LedgerConflict,
+    LedgerCorrupt,
+    LedgerRollback,
+)
 from protocol.messages import LedgerHead, Purpose
 from protocol.plan import Plan
 from protocol.storage import translated
@@ -113,8 +119,8 @@ class Ledger:
         Raises:
             LedgerCorrupt: A record was changed or the file is damaged.
             LedgerRollback: The ledger is behind its copy or differs from it, or one of them is missing.
-            LedgerConflict: The ledger belongs to another dataset name, the copy's place is wrong, or
-                nothing is missing that could be adopted.
+            DatasetRenamed: The ledger belongs to another dataset name.
+            LedgerConflict: The copy's place is wrong, or nothing is missing that could be adopted.
             DiskFull, AccessDenied, DiskFailed, StorageBusy, FileUnusable, ResourcesShort: A file cannot be
                 used; nothing is wrong with what it holds.
         """
@@ -138,6 +144,17 @@ class Ledger:
     def close(self) -> None:
         """Close the database; everything is durable already."""
         self._connection.close()
+
+    def follow(self, policy: Policy) -> None:
+        """Take the caps of a changed policy; they hold from the next reservation on.
+
+        Raises:
+            DatasetRenamed: The policy names another dataset.
+        """
+        if policy.dataset != self._dataset:
+            raise DatasetRenamed
+        with self._lock:
+            self._budget = policy.budget
 
     def open_run(self, run: str, plan: Plan) -> None:
         """Record a run's mechanism, if the caps hold all its planned rounds; repeating it does nothing.
@@ -273,7 +290,7 @@ class Ledger:
 
     def _begin(self, adoption: Adoption | None) -> None:
         if self._sequence >= 0 and self._spending.dataset != self._dataset:
-            raise LedgerConflict("the ledger was begun for another dataset name")
+            raise DatasetRenamed
         if adoption is None:
             self._compare(self._copy.read())
         if self._sequence < 0:

@@ -129,6 +129,7 @@ def _is_final(owner: Owner, error: FedsealError) -> bool:
 
 def _serve(owner: Owner, home: Path, way: Way, stop: threading.Event, link: Link) -> None:
     """Answer a coordinator until told to stop, or until the connection breaks, which raises."""
+    owner.describe_data()
     identity, credentials = home / IDENTITY, owner.credentials
     check_own(credentials.transport_certificate, owner.trust.revocations, datetime.now(UTC))
     context = partial(tls_context, identity / "ca.crt", identity / "transport.crt", credentials)

@@ -10,6 +10,7 @@ Home folder of an owner::
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,21 +21,27 @@ from numpy.typing import NDArray
 
 from client.holdout import Holdout
 from client.ledger import Adoption, Ledger
-from client.policy import Policy
+from client.policy import Policy, admit
+from client.sources import WatchedFile
 from client.store import STATE_FILE, StateStore
 from crypto.certificates import OwnerCredentials, common_name, fingerprint
 from crypto.identity import load_owner
 from crypto.sealing import RunningSum
 from crypto.trust import Trust, load_trust
 from crypto.vault import StorageBox, storage_key
-from protocol.errors import FileDamaged, PolicyInvalid
+from protocol.errors import FedsealError, FileDamaged, PolicyInvalid
 from protocol.messages import Purpose
 from protocol.plan import Plan
 from protocol.storage import read_written, translated
+from tasks.arrays import read_arrays
 from tasks.registry import Task, task_for
+from tasks.rows import fitting_rows
 
 if TYPE_CHECKING:
     from tasks.images import Examples, RowFilter
+    from tasks.rows import RowCounts
+
+_LOG = logging.getLogger("fedseal.client")
 
 IDENTITY, POLICY, LEDGER, STATE = "identity", "policy.toml", "ledger", "state.db"
 SALT = f"{IDENTITY}/storage.salt"
@@ -104,38 +111,123 @@ class Owner:
     """Everything that an owner's handlers need.
 
     Attributes:
+        home: The home folder.
         name: Name in the owner's certificates.
         credentials: Transport and signing keys with their certificates.
         trust: The authority that says who is a member, and its newest revocation list.
-        policy: What this owner allows.
+        policy: What this owner allows, as `refresh` read it last.
         ledger: What this owner has spent.
         store: Protocol state.
-        data_file: The owner's examples.
+        data: The file with the owner's examples.
         pending: The updates in memory, by the run that paid for them.
         sealing: The updates that are being sealed part by part, by run.
         opening: The sums that are being added part by part, by run.
+        written: The policy as it stood in its file.
     """
 
+    home: Path
     name: str
     credentials: OwnerCredentials
     trust: Trust
     policy: Policy
     ledger: Ledger
     store: StateStore
-    data_file: Path
+    data: WatchedFile
+    written: Policy
     pending: dict[str, PendingUpdate] = field(default_factory=dict)
     sealing: dict[str, SealingUpdate] = field(default_factory=dict)
     opening: dict[str, OpeningSum] = field(default_factory=dict)
     _examples: dict[str, Examples] = field(default_factory=dict)
+    _described: bytes = b""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the signing public key."""
         return fingerprint(self.credentials.signing_key.public_key())
 
+    @property
+    def data_file(self) -> Path:
+        """Path of the data, as the policy named it last."""
+        return self.data.path
+
     def task(self, plan: Plan) -> Task:
         """Return the task that a plan names."""
         return task_for(plan)
+
+    def refresh(self) -> None:
+        """Read policy.toml again, and forget every row of a data file that changed since it was read.
+
+        What changed is said in this node's log, its content never. It costs a look at two files where
+        nothing changed.
+
+        Raises:
+            PolicyInvalid: The policy is missing or wrong; nothing is allowed then.
+            DatasetRenamed: It names another dataset than the ledger.
+            DataUnavailable: The data was withdrawn: its file is not there or cannot be opened.
+            DataInvalid: The data file cannot be read.
+        """
+        policy = read_policy(self.home)
+        if policy != self.written:
+            self.ledger.follow(policy)
+            self.policy = self.written = policy
+            _LOG.warning("policy.toml changed; what it says now holds from here on")
+        path = self.home / policy.data_file
+        if path != self.data.path:
+            self._drop_rows("policy.toml names another data file; what was read of the old one is dropped")
+            self.data = WatchedFile(path)
+        try:
+            has_changed = self.data.look()
+        except FedsealError:
+            self._drop_rows("the data file is gone or cannot be read; what was read of it is dropped")
+            raise
+        if has_changed:
+            self._drop_rows("the data file changed; what was read of it is dropped")
+
+    def require_allowed(self, plan: Plan) -> None:
+        """Check a plan against the policy as it is now.
+
+        Raises:
+            PolicyRefused: It is outside the policy.
+            FedsealError: As `refresh`.
+        """
+        self.refresh()
+        admit(self.policy, plan)
+
+    def require_data(self, plan: Plan) -> None:
+        """Check the data file's form, unless its rows are in memory; no value is read.
+
+        Raises:
+            DataUnavailable, DataInvalid: The file cannot be used for this plan.
+        """
+        if not self.holds_rows():
+            self.task(plan).require_form(self.data.path)
+
+    def holds_rows(self) -> bool:
+        """Tell whether rows are in memory."""
+        return bool(self._examples)
+
+    def describe_data(self) -> None:
+        """Say in this node's log how many rows the data file has, once for each content of it.
+
+        Without a plan, only what fits no plan is counted as left out. What is wrong with policy or data is
+        said and not raised: a node runs on, and refuses each plan until it is mended.
+        """
+        try:
+            self.refresh()
+            if self._described == self.data.digest:
+                return
+            counts = fitting_rows(*read_arrays(self.data.path), None).counts
+        except FedsealError as error:
+            _LOG.warning("no plan can be joined now: %s", error.explain())
+            return
+        self._described = self.data.digest
+        _LOG.info("data file, for this owner alone: %s", counts.words())
+
+    def _drop_rows(self, reason: str) -> None:
+        if self.holds_rows() or self._described:
+            _LOG.warning(reason)
+        self._examples.clear()
+        self._described = b""
 
     def examples(self, plan: Plan) -> Examples:
         """Return this owner's examples, read once per task description and model and kept in memory.
@@ -160,7 +252,11 @@ class Owner:
         share = plan.evaluation and plan.evaluation.holdout_share
         key = f"{purpose} {share} {plan.model.name} {plan.task.model_dump_json()}"
         if key not in self._examples:
-            self._examples[key] = self.task(plan).read_private(self.data_file, among)
+            task = self.task(plan)
+            rows = task.fitting(self.data.path)
+            if purpose == "train":
+                _tell(plan, rows.counts)
+            self._examples[key] = task.prepare(rows, among)
         return self._examples[key]
 
     def close(self) -> None:
@@ -170,6 +266,18 @@ class Owner:
         self.opening.clear()
         self.ledger.close()
         self.store.close()
+
+
+def _tell(plan: Plan, counts: RowCounts) -> None:
+    """Say in this node's log how many rows a plan uses, and warn where they are too few for it."""
+    _LOG.info("data for plan %s, for this owner alone: %s", plan.run.name, counts.words())
+    if counts.kept < plan.privacy.expected_batch_size:
+        _LOG.warning(
+            "%d usable rows are fewer than the plan's expected batch of %g: this owner's rounds would cost "
+            "budget for almost nothing but noise; see docs/tasks.md",
+            counts.kept,
+            plan.privacy.expected_batch_size,
+        )
 
 
 def _none(_x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.bool_]:
@@ -193,13 +301,15 @@ def open_owner(home: Path, passphrase: bytes) -> Owner:
     policy = read_policy(home)
     name = common_name(credentials.signing_certificate.subject)
     return Owner(
+        home=home,
         name=name,
         credentials=credentials,
         trust=trust,
         policy=policy,
         ledger=open_ledger(home, policy),
         store=open_store(home, passphrase),
-        data_file=home / policy.data_file,
+        data=WatchedFile(home / policy.data_file),
+        written=policy,
     )
 
 

@@ -31,7 +31,14 @@ from crypto.secret import SealKey
 from crypto.signing import sign
 from protocol.encoding import digest as digest_of
 from protocol.encoding import digest_bytes
-from protocol.errors import AttemptRefused, ModelMismatch, ProtocolViolation, RosterRefused
+from protocol.errors import (
+    AttemptRefused,
+    ModelMismatch,
+    PolicyChanged,
+    PolicyRefused,
+    ProtocolViolation,
+    RosterRefused,
+)
 from protocol.messages import (
     FitReply,
     FitRequest,
@@ -53,6 +60,7 @@ def fit(owner: Owner, state: RunState, request: FitRequest, blob: bytes) -> Outc
 
     Raises:
         ModelMismatch: The openings do not lead to the model that the coordinator names.
+        PolicyChanged, DataUnavailable: The owner changed its mind since the run was joined.
         BudgetExhausted, AttemptRefused: The ledger does not allow this attempt.
         EvaluationRefused: The plan does not evaluate this model, or it was evaluated before.
         LedgerOutrun: The ledger does not hold a head that this owner signed.
@@ -71,6 +79,7 @@ def fit(owner: Owner, state: RunState, request: FitRequest, blob: bytes) -> Outc
     if request.purpose == "evaluate":
         require_due(plan, state, finished)
     discard_pending(owner, state)
+    _require_still_allowed(owner, plan)
     owner.ledger.reserve(state.run, request.attempt, request.purpose)
     values = _contribution(owner, plan, request.purpose, model)
     owner.pending[state.run] = PendingUpdate(
@@ -85,6 +94,24 @@ def fit(owner: Owner, state: RunState, request: FitRequest, blob: bytes) -> Outc
     )
     changed = state.with_changes(round=finished)
     return Outcome(changed, FitReply(ready=sign(owner.credentials.signing_key, body)), model=model)
+
+
+def _require_still_allowed(owner: Owner, plan: Plan) -> None:
+    """Read policy and data again before anything is paid; a run that they do not allow any more is left.
+
+    The session stays: what this owner sealed before can still be opened, and it comes back if its policy
+    allows the plan again.
+
+    Raises:
+        PolicyChanged: The policy was changed since the run was joined, and forbids it now.
+        PolicyInvalid, DatasetRenamed: The policy cannot be used.
+        DataUnavailable, DataInvalid: The data was withdrawn, or does not fit any more.
+    """
+    try:
+        owner.require_allowed(plan)
+    except PolicyRefused as refused:
+        raise PolicyChanged(refused.detail) from None
+    owner.require_data(plan)
 
 
 def _contribution(owner: Owner, plan: Plan, purpose: Purpose, model: GlobalModel) -> Floats:

@@ -14,9 +14,11 @@ from console.options import (
     Home,
     PassphraseFile,
     Pki,
+    PlanOption,
     ask_new_passphrase,
     ask_passphrase,
     console,
+    read_plan,
 )
 
 pki_app = typer.Typer(help="Certificates of the federation.", no_args_is_help=True)
@@ -166,10 +168,15 @@ def home_owner(
     data: Annotated[Path, typer.Option(help="The owner's examples; a copy goes into the home.")],
     dataset: Annotated[str, typer.Option(help="Name under which the privacy budget is kept.")],
     peers: Annotated[Path, typer.Option(help="Folder with signing certificates of known owners.")],
+    plan: PlanOption = None,
 ) -> None:
     """Lay out an owner's home folder around its identity, with a policy.toml to read and edit."""
     from client.owner import IDENTITY
+    from console.rows import read_counts, show_counts
     from scenarios.federation import make_owner_home, pins_of
 
+    checked = None if plan is None else read_plan(plan)
+    counts = read_counts(data, checked)
     make_owner_home(home, data, dataset, pins_of(peers, home / IDENTITY))
+    show_counts(console, counts, checked)
     console.print(f"read and edit {home / 'policy.toml'}: it says what may be done with the data")

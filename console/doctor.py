@@ -18,11 +18,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from console.doctor_home import certificate_files, check_home, role_of_home
 from console.doctor_net import check_inside, check_port
 from console.findings import INSTALL, Finding, Status, guarded, show_findings
 from protocol.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from protocol.plan import Plan
 
 __all__ = ["Finding", "Status", "check_port", "examine", "guarded", "show_findings"]
 
@@ -48,6 +52,7 @@ FLOWER_MODULES = (
     "flwr.supercore.object_store.in_memory_object_store",
     "flwr.supercore.object_store.object_store_factory",
     "flwr.supercore.run",
+    "flwr.supercore.superexec.executor.subprocess_executor",
     "flwr.supercore.task_identity",
     "flwr.superlink.cli.flower_superlink",
     "flwr.superlink.main",
@@ -68,15 +73,17 @@ CLOCK_SKEW = timedelta(minutes=5)
 _PINNED = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;]+)")
 
 
-def examine(home: Path | None, port: int) -> list[Finding]:
+def examine(home: Path | None, port: int, plan: Plan | None = None) -> list[Finding]:
     """Run every check; an error inside a check is that check's finding and never leaves.
 
-    The ledger of an owner's home is opened and verified, as the node would do; nothing is spent.
+    The ledger of an owner's home is opened and verified and its data file read, as the node would do;
+    nothing is spent. What is counted in the data is for this owner's own screen.
 
     Args:
         home: Home folder of an owner or of the coordinator; None looks at the machine alone.
         port: Loopback port that must be free, or that of the running coordinator of `home`. Not looked at
             for an owner, who listens nowhere.
+        plan: Says which rows of an owner's data a run would use.
     """
     now = datetime.now(UTC)
     role = role_of_home(home) if home is not None else None
@@ -96,7 +103,7 @@ def examine(home: Path | None, port: int) -> list[Finding]:
         findings += guarded("port", check_port, port, home)
         findings += guarded("inside", check_inside, home)
     if home is not None:
-        findings += check_home(home, now)
+        findings += check_home(home, now, plan)
     return findings
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from client.policy import Policy
     from crypto.trust import Trust
+    from protocol.plan import Plan
 
 HomeRole = Literal["owner", "coordinator"]
 
@@ -52,8 +53,8 @@ def certificate_files(home: Path) -> list[Path]:
     return [*home.glob("identity/*.crt"), *home.glob("identity/crl.pem")]
 
 
-def check_home(home: Path, now: datetime) -> list[Finding]:
-    """Check the home folder of an owner or of the coordinator, as of `now`."""
+def check_home(home: Path, now: datetime, plan: Plan | None = None) -> list[Finding]:
+    """Check the home folder of an owner or of the coordinator, as of `now`; an owner's data by a plan."""
     role = role_of_home(home)
     if role is None:
         remedy = "Give a home with policy.toml (an owner's) or members/ (the coordinator's)."
@@ -62,7 +63,7 @@ def check_home(home: Path, now: datetime) -> list[Finding]:
     findings += guarded("secret files", check_private_files, home)
     findings += guarded("certificates", _check_identity, home, role, now)
     if role == "owner":
-        findings += guarded("policy", _check_owner, home)
+        findings += guarded("policy", _check_owner, home, plan)
     return findings
 
 
@@ -144,14 +145,14 @@ def _check_members(folder: Path, trust: Trust, now: datetime) -> Finding:
     return Finding("members", "ok", f"{len(files)} members")
 
 
-def _check_owner(home: Path) -> list[Finding]:
+def _check_owner(home: Path, plan: Plan | None) -> list[Finding]:
     from client.owner import read_policy
 
     policy = read_policy(home)
     return [
         Finding("policy", "ok", f"dataset {policy.dataset}"),
         *guarded("ledger", _check_ledger, home, policy),
-        *guarded("data file", _check_data, home / policy.data_file),
+        *guarded("data file", _check_data, home / policy.data_file, plan),
     ]
 
 
@@ -168,13 +169,21 @@ def _check_ledger(home: Path, policy: Policy) -> Finding:
         ledger.close()
 
 
-def _check_data(file: Path) -> Finding:
-    if not file.is_file() or not os.access(file, os.R_OK):
-        remedy = "Put the file there, or correct data_file in policy.toml."
-        return Finding("data file", "fail", f"{file} cannot be read", remedy)
+def _check_data(file: Path, plan: Plan | None) -> list[Finding]:
+    from console.rows import WITHOUT_PLAN, read_counts, shortage
+
+    counts = read_counts(file, plan)
+    closed = Finding("data file", "ok", "read, by this user only")
     if file.stat().st_mode & 0o077:
-        return Finding("data file", "warn", "others can read it on this machine", f"Run: chmod 600 {file}")
-    return Finding("data file", "ok", "readable, by this user only")
+        closed = Finding(
+            "data file", "warn", "others can read it on this machine", f"Run: chmod 600 {file}"
+        )
+    note, warning = "" if plan else f" ({WITHOUT_PLAN})", shortage(counts, plan)
+    detail = f"for this owner alone: {counts.words()}{note}"
+    if warning is None:
+        return [closed, Finding("rows", "ok", detail)]
+    remedy = "Look at the file: docs/tasks.md says which rows are used. Or keep out of such runs."
+    return [closed, Finding("rows", "warn", f"{warning}; {detail}", remedy)]
 
 
 def _issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:

@@ -32,7 +32,8 @@ class Finding:
     Attributes:
         name: What was looked at.
         status: ``ok``, ``warn`` (works today) or ``fail`` (a run would stop).
-        detail: What is so; names files of the home, never their content.
+        detail: What is so; names files of the home. Of their content it tells an owner how many rows its
+            data has, and nothing else.
         remedy: What to do; empty if nothing.
     """
 

@@ -43,6 +43,9 @@ OperatorPassphraseFile = Annotated[
 Pki = Annotated[Path, typer.Option("--pki", help="Folder of the certificate authority.")]
 Days = Annotated[int, typer.Option("--days", min=1, max=3650, help="Validity in days.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", help="A plan.toml: count the rows that a run of it would use.")
+]
 PlanFile = Annotated[Path, typer.Argument(help="The plan.toml.")]
 
 

@@ -204,6 +204,15 @@ class PolicyRefused(FedsealError):
     exit_code = 3
 
 
+class PolicyChanged(PolicyRefused):
+    """An owner changed its policy during a run, and it does not allow the run any more."""
+
+    code = "FS-POLICY-03"
+    what = "This owner's policy changed and does not allow the run any more."
+    remedy = "The owner left the run; to come back, allow the plan again and start the node anew."
+    exit_code = 3
+
+
 class BudgetExhausted(FedsealError):
     """The next release would exceed a privacy cap of this owner."""
 
@@ -240,6 +249,15 @@ class LedgerConflict(FedsealError):
     code = "FS-LEDGER-03"
     what = "The privacy ledger refused an operation that does not follow its order."
     remedy = "Report this with the ledger's record list; it points to a fault in the caller."
+    exit_code = 3
+
+
+class DatasetRenamed(LedgerConflict):
+    """A policy names another dataset than the one whose budget the home's ledger keeps."""
+
+    code = "FS-POLICY-04"
+    what = "policy.toml names another dataset than the ledger of this home."
+    remedy = "Put the old name back; data about other people needs a home and a ledger of its own."
     exit_code = 3
 
 
@@ -401,6 +419,15 @@ class DataInvalid(FedsealError):
     code = "FS-DATA-01"
     what = "The data file does not fit the task."
     remedy = "Compare the file with the reader's description in docs/tasks.md."
+    exit_code = 6
+
+
+class DataUnavailable(DataInvalid):
+    """An owner's data file is missing, or cannot be opened as a file."""
+
+    code = "FS-DATA-03"
+    what = "The data file is missing or cannot be opened."
+    remedy = "Put the file back or correct data_file in policy.toml; withdrawn data needs nothing more."
     exit_code = 6
 
 

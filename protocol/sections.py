@@ -53,7 +53,7 @@ class TaskSection(Section):
 
     name: Name = Field(description="Task of the registry, for example `image-classification`.")
     input_shape: list[Annotated[int, Field(ge=1, le=100_000)]] = Field(
-        min_length=1, max_length=4, description="Shape of one example, for example [8, 8]."
+        min_length=1, max_length=4, description="Shape of one example: [8, 8], or [3, 32, 32] in colour."
     )
     value_range: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(
         default=[0.0, 1.0], min_length=2, max_length=2, description="Declared range of raw values."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,10 @@ from protocol.encoding import digest
 from protocol.errors import DataInvalid, ModelMismatch
 from protocol.plan import Plan
 from protocol.sections import TaskSection
+from tasks.arrays import plain, read_arrays, read_forms
 from tasks.inputs import InputForm, input_form
 from tasks.networks import build_network
+from tasks.rows import FittingRows, fitting_rows
 
 _EVALUATION_ROWS = 1024
 
@@ -69,12 +69,22 @@ class ImageClassification:
         """Load and check an `.npz` file with the arrays `x` and `y`.
 
         Args:
-            path: File with `x` (n, *input_shape), float32 or uint8, and `y` (n,), integer.
+            path: File with `x` (n, *input_shape), float32 or uint8, and `y` (n,) or (n, 1), integer.
 
         Raises:
+            DataUnavailable: The file cannot be opened.
             DataInvalid: The file does not fit the task; the message has neither path nor values.
         """
-        return self.check(*_load(path))
+        return self.check(*read_arrays(path))
+
+    def require_form(self, path: Path) -> None:
+        """Check a file by the headers of its arrays alone; no value is read.
+
+        Raises:
+            DataUnavailable: The file cannot be opened.
+            DataInvalid: Its arrays have other shapes or types than `read` takes.
+        """
+        self._require_shape(read_forms(path)[0].shape)
 
     def read_private(self, path: Path, among: RowFilter | None = None) -> Examples:
         """Load an owner's file; rows that do not fit the description are left out, one by one.
@@ -88,14 +98,20 @@ class ImageClassification:
             among: Chooses among the rows that fit, each by itself; all of them if left out.
 
         Raises:
+            DataUnavailable: The file cannot be opened.
             DataInvalid: The arrays' shapes or types do not fit; no value has any part in that.
         """
-        x, y = _load(path)
-        self._check_form(x, y)
-        low, high = self.description.value_range
-        fits = np.all((x >= low) & (x <= high), axis=tuple(range(1, x.ndim)))
-        fits &= (y >= 0) & (y < self.description.classes)
-        x, y = x[fits], y[fits].astype(np.int64)
+        return self.prepare(self.fitting(path), among)
+
+    def fitting(self, path: Path) -> FittingRows:
+        """Load the raw rows that `read_private` uses, with the counts of all; errors as there."""
+        x, y = read_arrays(path)
+        self._require_shape(x.shape)
+        return fitting_rows(x, y, self.description)
+
+    def prepare(self, rows: FittingRows, among: RowFilter | None = None) -> Examples:
+        """Preprocess rows that fit, or those of them that `among` chooses."""
+        x, y = rows.x, rows.y
         if among is not None:
             chosen = among(x, y)
             x, y = x[chosen], y[chosen]
@@ -107,7 +123,8 @@ class ImageClassification:
         Raises:
             DataInvalid: Shape, dtype, range, finiteness or labels are not as described.
         """
-        self._check_form(x, y)
+        x, y = plain(x, y)
+        self._require_shape(x.shape)
         low, high = self.description.value_range
         if not bool(np.all((x >= low) & (x <= high))):
             raise DataInvalid("x has values that are not finite or outside task.value_range")
@@ -115,14 +132,9 @@ class ImageClassification:
             raise DataInvalid("y has labels outside 0 .. task.classes - 1")
         return Examples(self.form.prepare(x), y.astype(np.int64))
 
-    def _check_form(self, x: NDArray[Any], y: NDArray[Any]) -> None:
-        task = self.description
-        if x.dtype not in (np.float32, np.uint8):
-            raise DataInvalid("x must be float32 or uint8")
-        if x.shape[1:] != tuple(task.input_shape) or x.ndim != len(task.input_shape) + 1:
+    def _require_shape(self, shape: tuple[int, ...]) -> None:
+        if shape[1:] != tuple(self.description.input_shape):
             raise DataInvalid("x does not have the shape (n, *task.input_shape)")
-        if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            raise DataInvalid("y must hold one integer for each row of x")
 
     def build_model(self, plan: Plan) -> nn.Module:
         """Return round 0's model: the same weights everywhere, drawn from `model.initial_seed` alone.
@@ -229,13 +241,3 @@ def layout_hash(model: nn.Module) -> str:
     """Return the SHA-256 of the ordered parameter names and shapes: what a flat vector's values mean."""
     named: Iterable[tuple[str, nn.Parameter]] = model.named_parameters()
     return digest([[name, list(parameter.shape)] for name, parameter in named])
-
-
-def _load(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
-    try:
-        # Opened here, because numpy leaves a file that it opened itself open after an error.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return archive["x"], archive["y"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
-        # The cause may quote the path or the content, so that it is not chained.
-        raise DataInvalid("the file is not an .npz file with the arrays x and y") from None

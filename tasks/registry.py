@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tasks.images import Examples, RowFilter
+    from tasks.rows import FittingRows
 
 
 class Task(Protocol):
@@ -26,6 +27,15 @@ class Task(Protocol):
 
     def read_private(self, path: Path, among: RowFilter | None = None) -> Examples:
         """Load an owner's file; rows that do not fit are left out, or raise DataInvalid for its form."""
+
+    def require_form(self, path: Path) -> None:
+        """Check a file's shapes and types without reading a value, or raise DataInvalid."""
+
+    def fitting(self, path: Path) -> FittingRows:
+        """Load the raw rows that fit, with the counts of all, or raise DataInvalid for the form."""
+
+    def prepare(self, rows: FittingRows, among: RowFilter | None = None) -> Examples:
+        """Preprocess raw rows that fit, or the chosen ones of them, each by itself."""
 
     def check(self, x: NDArray[Any], y: NDArray[Any]) -> Examples:
         """Check raw arrays and preprocess them, each row by itself, or raise DataInvalid."""

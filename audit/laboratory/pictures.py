@@ -43,11 +43,13 @@ def brightness(rows: Floats, original: Floats) -> Floats:
 
     Args:
         rows: Model inputs or what an attack took for some, shape (..., d).
-        original: The true input, shape (d,), around zero; its largest magnitude is black or white.
+        original: The true input, shape (d,). Its largest magnitude is white, or black if it is negative;
+            zero is black where no value is negative, and grey where one is.
     """
     largest = float(np.max(np.abs(original), initial=0.0)) or 1.0
     rows = np.nan_to_num(rows, nan=0.0, posinf=largest, neginf=-largest)
-    return np.clip(0.5 + 0.5 * rows / largest, 0.0, 1.0)
+    scaled = rows / largest
+    return np.clip(0.5 + 0.5 * scaled if np.any(original < 0) else scaled, 0.0, 1.0)
 
 
 def deviations(rows: Floats, original: Floats) -> Floats:

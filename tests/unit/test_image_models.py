@@ -7,16 +7,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.training import local_update
-from deploy.build import compress
+from deploy.build import build_package, compress
 from deploy.gate import synthetic_inputs
+from deploy.measure import run_session
+from deploy.package import load_session, verify_package
+from deploy.statement import PrivacyStatement
 from protocol.errors import DataInvalid, DatasetMissing, PlanInvalid
 from protocol.plan import Plan
 from scenarios.simulate import Scenario
 from tasks.images import flatten, unflatten
+from tasks.inputs import input_form
 from tasks.partition import DATA_VARIABLE, fashion_mnist
 from tasks.registry import task_for
+from tasks.resolve import resolve
 
 RNG = np.random.default_rng(4)
 
@@ -53,10 +59,15 @@ def images(rows: int, *shape: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any
     ("name", "inputs", "parameters"),
     [("linear", (784,), 7850), ("cnn", (1, 28, 28), 26_010), ("scattering", (3969,), 39_700)],
 )
-def test_inputs_fit_the_model(name: str, inputs: tuple[int, ...], parameters: int) -> None:
-    plan = make_plan(name, [28, 28])
+@pytest.mark.parametrize("channels", [(), (1,)])
+def test_inputs_fit_the_model(
+    name: str, inputs: tuple[int, ...], parameters: int, channels: tuple[int, ...]
+) -> None:
+    plan = make_plan(name, [*channels, 28, 28])
     task = task_for(plan)
-    examples = task.check(*images(5, 28, 28))
+    grey, y = images(5, 28, 28)
+    examples = task.check(grey.reshape(5, *channels, 28, 28), y)
+    np.testing.assert_array_equal(examples.x, task_for(make_plan(name, [28, 28])).check(grey, y).x)
     assert examples.x.dtype == np.float32
     assert examples.x.shape == (5, *inputs)
     schema = task.input_schema(plan)
@@ -65,7 +76,7 @@ def test_inputs_fit_the_model(name: str, inputs: tuple[int, ...], parameters: in
     model = task.build_model(plan)
     assert model(torch.from_numpy(examples.x)).shape == (5, 10)
     assert flatten(model).size == parameters
-    assert task.check(*images(0, 28, 28)).x.shape == (0, *inputs)
+    assert task.check(np.zeros((0, *channels, 28, 28), np.uint8), y[:0]).x.shape == (0, *inputs)
 
 
 def test_the_first_weights_of_the_network_follow_from_the_seed_alone() -> None:
@@ -86,6 +97,12 @@ def test_the_first_weights_of_the_network_follow_from_the_seed_alone() -> None:
         ("cnn", [15, 28]),
         ("cnn", [784]),
         ("cnn", [28, 28, 3]),
+        ("cnn", [2, 28, 28]),
+        ("cnn", [3, 15, 28]),
+        ("cnn", [1, 3, 28, 28]),
+        ("scattering", [28, 28, 3]),
+        ("scattering", [4, 28, 28]),
+        ("scattering", [3, 28, 30]),
         ("scattering", [28]),
         ("scattering", [28, 30]),
         ("scattering", [4, 28]),
@@ -146,6 +163,78 @@ def test_a_model_is_exported_whole(name: str) -> None:
     assert [dimension.dim_value for dimension in dimensions] == list(examples.x.shape[1:])
     if name == "scattering":
         assert "no hidden units" in result.steps[0].reached
+
+
+# --- colour ------------------------------------------------------------------------------------------
+
+
+def coloured(rows: int, side: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """One of three channels is bright, and that is the label: brightness alone tells nothing."""
+    y = np.arange(rows) % 3
+    x = RNG.integers(0, 40, (rows, 3, side, side)).astype(np.uint8)
+    x[np.arange(rows), y, 3 : side - 3, 3 : side - 3] += 180
+    return x, y
+
+
+@pytest.mark.parametrize(("name", "values"), [("cnn", (3, 16, 16)), ("scattering", (3 * 81 * 16,))])
+def test_colours_are_channels_in_front(name: str, values: tuple[int, ...]) -> None:
+    plan = make_plan(name, [3, 16, 16])
+    task = task_for(plan)
+    x, y = coloured(6, 16)
+    examples = task.check(x, y)
+    assert examples.x.shape == (6, *values)
+    schema = task.input_schema(plan)
+    assert (schema["shape"], schema["raw_shape"]) == (list(values), [3, 16, 16])
+    assert "channel" in schema["preprocessing"]
+    assert "add a channel axis" not in schema["preprocessing"]
+    assert schema["range"][0] <= examples.x.min() <= examples.x.max() <= schema["range"][1]
+    grey = task_for(make_plan(name, [16, 16]))
+    alone = [grey.check(x[:, channel], y).x.reshape(6, 1, -1) for channel in range(3)]
+    np.testing.assert_array_equal(examples.x.reshape(6, 3, -1), np.concatenate(alone, axis=1))
+    again = task.check(x[2:3], y[2:3])
+    np.testing.assert_array_equal(again.x[0], examples.x[2])
+
+
+def test_a_shape_with_channels_behind_is_told_what_to_do() -> None:
+    with pytest.raises(PlanInvalid, match=r"\[3, height, width\] \(channels come first\)"):
+        input_form("cnn", make_plan("cnn", [28, 28, 3]).task)
+
+
+@pytest.mark.parametrize("name", ["cnn", "scattering"])
+@pytest.mark.parametrize("engine", ["book-keeping", "hooks"])
+def test_a_model_of_colours_is_trained_by_either_engine(name: str, engine: str) -> None:
+    """Each engine compares itself with gradients that are computed one by one."""
+    plan = make_plan(name, [3, 16, 16], noise="local", target_epsilon=1e3, noise_multiplier=0.01)
+    fields = plan.fields()
+    fields["training"] |= {"gradient_engine": engine, "local_steps": 15, "learning_rate": 1.0}
+    fields["privacy"] |= {"expected_batch_size": 12.0}
+    plan = Plan.from_fields(fields)
+    task = task_for(plan)
+    examples = task.check(*coloured(24, 16))
+    start = task.initial_weights(plan)
+    model = task.build_model(plan)
+    unflatten(model, start + local_update(task, plan, start, examples))
+    assert task.evaluate(model, task.check(*coloured(30, 16))) > 0.9
+
+
+@pytest.mark.parametrize("name", ["cnn", "scattering"])
+def test_a_model_of_colours_is_packaged_and_answers(name: str, tmp_path: Path) -> None:
+    plan = resolve(make_plan(name, [3, 16, 16]))
+    task = task_for(plan)
+    public = task.check(*coloured(30, 16))
+    privacy = PrivacyStatement.for_plan(plan, None, None, None, None).model_dump(mode="json")
+    key, model, stages = Ed25519PrivateKey.generate(), task.build_model(plan), list[str]()
+    inputs = (public.x, public.y, synthetic_inputs(plan, 64))
+    result = build_package(
+        plan, model, *inputs, privacy, task.input_schema(plan), key, tmp_path, stages.append
+    )
+    verified = verify_package(result.folder, key.public_key())
+    assert verified.schema["raw_shape"] == [3, 16, 16]
+    logits = run_session(load_session(verified), public.x)
+    assert logits.shape == (30, 10)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(public.x)).numpy()
+    np.testing.assert_allclose(logits, expected, atol=0.3)
 
 
 def test_a_missing_dataset_is_a_coded_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def changed(array: np.ndarray[Any, Any], value: float) -> np.ndarray[Any, Any]:
         (changed(X, -0.5), Y, "value_range"),
         (X, Y.astype(np.float64), "integer"),
         (X, Y[:5], "integer"),
-        (X, Y.reshape(6, 1), "integer"),
+        (X, Y.reshape(1, 6), "integer"),
         (X, changed(Y, 10), "labels"),
         (X, changed(Y, -1), "labels"),
         (X, changed(Y.astype(np.uint64), 2**63), "labels"),
@@ -131,7 +131,7 @@ def test_files_that_are_not_examples_are_refused_without_their_path(tmp_path: Pa
     with pytest.raises(DataInvalid) as caught:
         TASK.read(path)
     assert "secret-ward" not in str(caught.value)
-    assert caught.value.__suppress_context__
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
 def test_a_single_array_file_is_refused(tmp_path: Path) -> None:
@@ -153,8 +153,34 @@ def test_preprocessing_looks_at_one_row_only() -> None:
     alone = np.concatenate([unit_rows(X[i : i + 1], 0.0, 16.0) for i in range(len(X))])
     np.testing.assert_array_equal(together, alone)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, rtol=1e-6)
-    grey = unit_rows(np.full((1, 8, 8), 8.0, dtype=np.float32), 0.0, 16.0)
-    assert not grey.any()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0), (-5.0, 0.0), (-1.0, 9.0)])
+def test_zero_stays_zero_where_the_declared_range_holds_it(low: float, high: float) -> None:
+    """A row of mostly zeros, as counts of words are, keeps its few values apart from the rest."""
+    row = np.zeros((3, 8, 8), dtype=np.float32)
+    row[0, 0, 0], row[1, 7, 7] = high or low, (high or low) / 2
+    scaled = unit_rows(row, low, high)
+    np.testing.assert_array_equal(scaled != 0, row.reshape(3, 64) != 0)
+    np.testing.assert_allclose(np.linalg.norm(scaled, axis=1), [1.0, 1.0, 0.0])
+    assert scaled[0] @ scaled[1] == 0.0
+    assert np.sign(scaled[0, 0]) == np.sign(high or low)
+
+
+def test_a_range_without_zero_is_centred() -> None:
+    row = np.full((3, 8, 8), 6.0, dtype=np.float32)
+    row[1, :4], row[2, 0, 0] = 5.0, 4.0
+    scaled = unit_rows(row, 4.0, 8.0)
+    assert not scaled[0].any()
+    np.testing.assert_allclose(scaled[1], np.repeat([-1 / np.sqrt(32), 0.0], 32))
+    np.testing.assert_allclose(np.linalg.norm(scaled, axis=1), [0.0, 1.0, 1.0])
+
+
+def test_no_scale_of_values_makes_a_norm_overflow_or_vanish() -> None:
+    for scale in (1e-38, 1e38):
+        rows = np.linspace(-1, 1, 128).reshape(2, 8, 8).astype(np.float32) * np.float32(scale)
+        norms = np.linalg.norm(unit_rows(rows, -1e39, 1e39), axis=1)
+        np.testing.assert_allclose(norms, 1.0, rtol=1e-5)
 
 
 def test_the_model_follows_from_the_plan_alone() -> None:
@@ -232,6 +258,22 @@ def test_the_schema_describes_the_deployed_input() -> None:
     assert (schema["name"], schema["shape"], schema["dtype"]) == ("input", [64], "float32")
     assert (schema["raw_shape"], schema["raw_range"]) == ([8, 8], [0.0, 16.0])
     assert "L2 norm" in schema["preprocessing"]
+    assert "[-0.5, 0.5]" not in schema["preprocessing"]
+    elsewhere = task_for(make_plan([16], value_range=[4.0, 8.0]))
+    assert "middle of raw_range" in elsewhere.input_schema(PLAN)["preprocessing"]
+
+
+@pytest.mark.parametrize("value_range", [[0.0, 16.0], [2.0, 16.0]])
+def test_whoever_follows_the_schema_gets_the_inputs(value_range: list[float]) -> None:
+    """The words of the schema, carried out by somebody who does not know the code."""
+    plan = make_plan([16], value_range=value_range)
+    x, (low, high) = X / 2 + 4, value_range
+    words = task_for(plan).input_schema(plan)["preprocessing"]
+    flat = [[float(value) for value in row.flatten()] for row in x]
+    if "Subtract the middle of raw_range" in words:
+        flat = [[value - (low + high) / 2 for value in row] for row in flat]
+    expected = [[value / sum(one * one for one in row) ** 0.5 for value in row] for row in flat]
+    np.testing.assert_allclose(task_for(plan).check(x, Y).x, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_digits_are_split_without_overlap() -> None:
