@@ -48,12 +48,13 @@ least that. `plans.allow_distributed_noise` needs `budget.epsilon_worst`, and a 
 needs a `peers.min_known_peers` above its `privacy.tolerated_colluders`. `plans.min_cohort` below 3 needs
 `plans.allow_small`, and `peers.min_known_peers = 0` needs `peers.demo`.
 
-A running node reads policy and data again whenever it is asked to join, and before each round that it pays
-for; nothing has to be restarted. A changed policy holds from then on: the node's log says that it changed, a
-plan that it forbids is refused (`FS-POLICY-02`), and a run that was joined before and is not allowed any
-more is left before the next round is reserved (`FS-POLICY-03`). A tighter cap holds from the next reservation
-on. A policy that is missing or wrong allows nothing until it is mended. `dataset` cannot be changed: another
-name needs another home (`FS-POLICY-04`). When data is withdrawn or replaced, see docs/operations.md."""
+A running node reads policy and data again whenever it is asked to join, and before each round that it
+pays for; nothing has to be restarted. A changed policy holds from then on: the node's log says that it
+changed, a plan that it forbids is refused (`FS-POLICY-02`), and a run that was joined before and is not
+allowed any more is left before the next round is reserved (`FS-POLICY-03`). A tighter cap holds from the
+next reservation on. A policy that is missing or wrong allows nothing until it is mended. `dataset` cannot
+be changed: another name needs another home (`FS-POLICY-04`). When data is withdrawn or replaced, see
+docs/operations.md."""
 
 ERRORS_INTRODUCTION: Final = """\
 Every refusal has a code that never changes its meaning. The message on the machine where it happened says
