@@ -34,6 +34,7 @@ import crypto.secret
 import crypto.signing
 import deploy.build
 import deploy.export
+import deploy.gate
 import deploy.prune
 import deploy.quantize
 import protocol.accounting
@@ -79,6 +80,7 @@ AUDITED: tuple[ModuleType, ...] = (
     crypto.signing,
     deploy.build,
     deploy.export,
+    deploy.gate,
     deploy.prune,
     deploy.quantize,
     protocol.accounting,
