@@ -331,7 +331,9 @@ def _signature_ignored() -> AbstractContextManager[None]:
 
 def _calibrated_on_records() -> AbstractContextManager[None]:
     def make(within: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda plain, settings, records, _synthetic: within(plain, settings, records, records[0])
+        return lambda plain, settings, records, _synthetic, word: within(
+            plain, settings, records, records[0], word
+        )
 
     return replaced(deploy.build, "_quantize_within", make)
 

@@ -35,6 +35,7 @@ import crypto.secret
 import crypto.signing
 import deploy.build
 import deploy.export
+import deploy.gate
 import deploy.prune
 import deploy.quantize
 import protocol.accounting
@@ -81,6 +82,7 @@ AUDITED: tuple[ModuleType, ...] = (
     crypto.signing,
     deploy.build,
     deploy.export,
+    deploy.gate,
     deploy.prune,
     deploy.quantize,
     protocol.accounting,

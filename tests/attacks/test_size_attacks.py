@@ -26,7 +26,7 @@ HUGE: dict[str, dict[str, dict[str, Any]]] = {
         "privacy": {"noise_multiplier": 1e6},
     },
     "many spares": {"run": {"paid_spares": 10_000, "spare_attempts": 10_000}},
-    "tiny noise": {"privacy": {"noise_multiplier": 1e-9}},
+    "tiny noise": {"privacy": {"noise_multiplier": 0.01}},
     "tiny probabilities": {"privacy": {"delta": 1e-300, "sample_rate": 1e-300}},
 }
 LONGEST_CPU_S = 5.0
