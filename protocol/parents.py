@@ -4,14 +4,18 @@ Two ways, because each misses what the other sees. The kernel's parent-death sig
 ends a process that is stuck in native code, and works for the direct parent only. A pipe whose writing end
 the other process holds is closed by the kernel at that process's end, even while nobody has reaped it; it
 works for any process and on every POSIX system.
+
+``python -m protocol.parents WORD MODULE ARGUMENT...`` runs a module as a program that ends like this.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import select
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Final
@@ -83,3 +87,15 @@ def _end_when_closed(descriptors: Sequence[int]) -> None:
     # nobody ever writes: what wakes this up is the end of a writer
     poll.poll()
     os._exit(ServerUnavailable.exit_code)
+
+
+def main() -> None:
+    """Tie this process to its parents, and run the module that the command line names."""
+    word, module = sys.argv[1:3]
+    end_with_parents(word)
+    sys.argv = sys.argv[2:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,7 @@
-"""Starting and stopping real processes: by pid, with logs, with passphrases that no command line shows."""
+"""Starting and stopping real processes: by pid, with logs, with passphrases that no command line shows.
+
+Programs of the project also end with the process that started them, however that one ends.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from protocol.parents import Parent, inherited
 
 FEDSEAL = (sys.executable, "-m", "fedseal")
 _TERM_WAIT_S = 10.0
@@ -27,6 +32,7 @@ class Processes:
     def __init__(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
+        self._parent = Parent()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -41,6 +47,7 @@ class Processes:
     ) -> None:
         """Stop everything, whatever happened."""
         self.stop()
+        self._parent.close()
 
     def start(
         self,
@@ -54,10 +61,14 @@ class Processes:
         """Start ``fedseal``, or another program, with these arguments and return the pid.
 
         A passphrase goes through a pipe of which the child reads the one end; it stands neither on the
-        command line nor in the environment nor on a disk.
+        command line nor in the environment nor on a disk. A program of the project ends at the latest with
+        the thread that starts it.
         """
         command = [*program, *arguments]
-        descriptors: tuple[int, ...] = ()
+        tied, descriptors = (self._parent.descriptor,), tuple[int, ...]()
+        if tuple(program[:2]) == FEDSEAL[:2]:
+            word = inherited(os.getpid(), tied)
+            command = [*program[:2], "protocol.parents", word, *program[2:], *arguments]
         if passphrase is not None:
             reader, writer = os.pipe()
             os.write(writer, passphrase)
@@ -70,7 +81,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                pass_fds=descriptors,
+                pass_fds=descriptors + tied,
                 start_new_session=True,
                 env=None if environment is None else {**os.environ, **environment},
             )

@@ -95,3 +95,25 @@ def test_an_executor_that_ends_again_and_again_is_given_up(capfd: pytest.Capture
         start_again()
     executor.close()
     assert "Pygments" in capfd.readouterr().out
+
+
+def test_what_a_demo_starts_ends_with_it(tmp_path: Path) -> None:
+    """`Processes` starts the parties of a demo and of the benchmarks; the one that has them is killed."""
+    code = """
+import sys, time
+from pathlib import Path
+from scenarios.processes import Processes
+sleep = ["-n", "1", "-r", "1", "import time; time.sleep(600)"]
+processes = Processes(Path(sys.argv[1]))
+print(processes.start("party", sleep, program=(sys.executable, "-m", "timeit")), flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        wait_until(
+            lambda: b"protocol.parents" in Path(f"/proc/{child}/cmdline").read_bytes(), 20, "its start"
+        )
+        assert not ended(child)
+        os.kill(parent.pid, signal.SIGKILL)
+        wait_until(lambda: ended(child), 20, "the end of the child")
