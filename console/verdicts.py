@@ -45,7 +45,7 @@ def show_verdict(console: Console, summary: dict[str, Any]) -> int:
 
 
 def show_steps(console: Console, report: dict[str, Any]) -> None:
-    """Print who has to do what before a report that is no PASS can be relied on, with the commands for it.
+    """Print the next steps towards a PASS, with their commands.
 
     Args:
         console: Where to print; commands are never wrapped, so that they can be copied.
