@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from console.options import ask_passphrase, read_plan, require_home
+from console.verdicts import show_steps
 from protocol.errors import AuditUnfounded, FindingsRefused
 from protocol.plan import Plan
 
@@ -139,6 +140,7 @@ def _conclude(console: Console, out: Path, report: dict[str, Any]) -> int:
     console.print(Text(f"● {verdict['status']}", style="bold"))
     for reason in verdict["reasons"]:
         console.print(Text(f"  {reason}"))
+    show_steps(console, report)
     console.print(f"report: {html_file}  {json_file}", soft_wrap=True)
     return exit_code(verdict["status"])
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from console.options import read_plan, require_home
 from console.progress import RunProgress, format_bytes, summary_rows
 from console.tables import show_pairs, show_table
+from console.verdicts import show_steps, show_verdict
 from protocol.errors import FedsealError, PlanInvalid
 from protocol.plan import Plan
 
@@ -31,7 +32,6 @@ def dump_json(value: Any) -> None:
 
 def show_demo(console: Console, out: Path, plan_file: Path | None, seed: int, *, audited: bool) -> int:
     """Run the demo, print its progress and summary, and return the exit status of its audit's verdict."""
-    from console.verdicts import show_verdict
     from scenarios.demo import PLANS, DemoOptions, run_demo
 
     if out.exists() and any(out.iterdir()):
@@ -327,4 +327,5 @@ def show_report(console: Console, report_file: Path, key_file: Path | None) -> i
     console.print(_signer(report, key_file))
     for reason in verdict["reasons"]:
         console.print(Text(f"  {reason}"))
+    show_steps(console, report)
     return exit_code(verdict["status"])

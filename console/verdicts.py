@@ -1,4 +1,4 @@
-"""How a demo ends: the verdict, what keeps it from PASS, how large epsilon is, and where the report is."""
+"""How a report ends on the terminal: its verdict, what is left to do, and how large epsilon is."""
 
 from __future__ import annotations
 
@@ -42,3 +42,20 @@ def show_verdict(console: Console, summary: dict[str, Any]) -> int:
     console.print(Text(f"  epsilon: {judgement.lower()}. {reason}"))
     console.print(Text(f"  report: {audit['report']}"), soft_wrap=True)
     return exit_code(verdict) if audit["made"] else 0
+
+
+def show_steps(console: Console, report: dict[str, Any]) -> None:
+    """Print the next steps towards a PASS, with their commands.
+
+    Args:
+        console: Where to print; commands are never wrapped, so that they can be copied.
+        report: One that was verified or just built.
+    """
+    from audit.checks.next_steps import next_steps
+
+    if report["verdict"]["status"] == "PASS":
+        return
+    for step in next_steps(report):
+        console.print(Text(f"  {step.who}: {step.what}", style="bold"))
+        for line in step.commands:
+            console.print(Text(f"    {line}"), soft_wrap=True)

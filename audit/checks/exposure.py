@@ -40,8 +40,8 @@ def exposure(report: Report) -> Exposure:
     """Return what the owner that lost most has lost, and what the best attack makes of it.
 
     The attack's figures come from the whole curve of training (`protocol.exposure`), which is sharper than
-    what follows from epsilon and delta. Evaluation, if there is any, is added by its own epsilon: whoever
-    sees both can do no better than with a rate of false alarms that is e^epsilon times as high.
+    what follows from epsilon and delta. Evaluation, if there is any, is added by its own epsilon: an attack
+    on both is no better than one on training with e^epsilon times the rate of false alarms, plus delta.
 
     Args:
         report: Its sections `subject`, `plan`, `promise` and `claims` are read.

@@ -1,4 +1,4 @@
-"""Who has to do what before a report can be relied on; a pure function of the report's sections."""
+"""The next steps before a report can be relied on; a pure function of the report's sections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 @dataclass(frozen=True)
 class Step:
-    """What somebody has to do.
+    """One step of one or several parties.
 
     Attributes:
         who: The parties in plain words.
@@ -50,19 +50,21 @@ def next_steps(report: Report) -> list[Step]:
 
 
 def file_names(owners: list[str]) -> list[str]:
-    """Return a name for each owner's file of findings that is safe in a shell, whoever chose its name."""
-    return [
-        f"{name if _FILE_NAME.fullmatch(name) else f'owner-{number}'}.json"
-        for number, name in enumerate(owners, start=1)
-    ]
+    """Return a different file name for the findings of each owner, safe in a shell.
+
+    Owners give them their names; if one of these could mean something to a shell, all are numbered.
+    """
+    plain = all(_FILE_NAME.fullmatch(name) for name in owners) and len(set(owners)) == len(owners)
+    listed = owners if plain else [f"owner-{number}" for number in range(1, len(owners) + 1)]
+    return [f"{name}.json" for name in listed]
 
 
 def _of_simulation(report: Report) -> list[Step]:
     if report["laboratory"] is None:
         command = "fedseal audit run PLAN --out DIR"
-        return [Step("Whoever audits the plan", "Make the experiments.", (command,))]
-    what = "Audit the real run when it has ended. This page speaks of the plan and the code alone."
-    return [Step("Whoever is to sign", what)]
+        return [Step("The auditor", "Make the experiments.", (command,))]
+    what = "Audit the real run when it has ended. This page is about the plan and the code alone."
+    return [Step("The person who signs", what)]
 
 
 def _run(report: Report) -> str:
@@ -80,7 +82,7 @@ def _failed(report: Report) -> list[Step]:
     titles = [check["title"] for check in report["checks"] if check["status"] == "fail"]
     if not titles:
         return []
-    return [Step("Whoever is to sign", "Do not sign. Find out first why a check failed.")]
+    return [Step("The person who signs", "Do not sign. Find out first why a check failed.")]
 
 
 def _evidence(report: Report) -> list[Step]:
@@ -126,12 +128,12 @@ def _unobtainable(report: Report) -> list[Step]:
     ]
     if not titles:
         return []
-    return [Step("Whoever is to sign", f"Weigh what no command supplies: {'; '.join(titles)}.")]
+    return [Step("The person who signs", f"Weigh what no command supplies: {'; '.join(titles)}.")]
 
 
 def _last_check(report: Report) -> Step:
     if report["signature"] is None:
-        return Step("Whoever is to sign", "Ask for a signed report; anybody can have written this one.")
+        return Step("The person who signs", "Ask for a signed report; this one can be from anyone.")
     command = "fedseal audit verify report.json --key release.pub"
     what = "Check this report on your own machine, with the coordinator's key from a source you trust."
-    return Step("Whoever is to sign", what, (command,))
+    return Step("The person who signs", what, (command,))

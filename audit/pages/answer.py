@@ -1,4 +1,4 @@
-"""The first screen of the page: what a person needs who is asked to sign."""
+"""The first screen of the page: what a person needs to know before signing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Answer:
         tried: What attacks on the model found; empty if none was tried.
         missing: Each reason with the checks that it keeps from passing.
         failed: The same of the checks that failed.
-        steps: Who has to do what.
+        steps: The next steps, each with the parties that take it.
     """
 
     look: Literal["signed", "unsigned", "simulation"]

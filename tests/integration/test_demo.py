@@ -14,9 +14,11 @@ import tomli_w
 from real_federation import plan_fields
 from rich.console import Console
 
-from audit.report import verify_report
-from console.verdicts import show_verdict
+from audit.report import build_report, verify_report
+from console.verdicts import show_steps, show_verdict
 from server.release import PUBLIC, read_public_key
+from tests.unit.audit_evidence import NOW
+from tests.unit.audit_gallery import run_of
 
 
 def demo(folder: Path, *options: object) -> subprocess.CompletedProcess[str]:
@@ -48,6 +50,7 @@ def test_the_demo_ends_in_a_pass_that_its_report_bears_out(tmp_path: Path) -> No
     assert json.loads((out / "summary.json").read_text("utf-8"))["audit"]["verdict"] == "PASS"
 
 
+@pytest.mark.long
 def test_a_demo_without_audit_of_more_rounds_than_a_chart_has_dots(tmp_path: Path) -> None:
     rounds = {"name": "long", "rounds": 25}
     done = demo(tmp_path, "--no-audit", "--plan", plan_file(tmp_path, run=rounds))
@@ -77,3 +80,11 @@ def test_the_end_says_verdict_size_of_epsilon_and_report(verdict: str, made: boo
     summary["owners"] = [{"epsilon": None}]
     show_verdict(console, summary)
     assert "epsilon: no limit." in console.export_text()
+
+
+def test_what_is_left_to_do_is_printed_as_commands_on_one_line_each() -> None:
+    console = Console(record=True, width=40)
+    show_steps(console, build_report(run_of(), NOW))
+    lines = [line.strip() for line in console.export_text().splitlines()]
+    assert sum(line.startswith("fedseal audit owner --home HOME --run ") for line in lines) == 4
+    assert sum(line.endswith("--owner hospital-004.json") for line in lines) == 1

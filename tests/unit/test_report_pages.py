@@ -339,7 +339,7 @@ def test_bounds_in_percent_are_never_rounded_down() -> None:
     assert percent_at_most(0.9995) == percent_at_most(1.0) == "100\u00a0%"
 
 
-# --- who must do what --------------------------------------------------------------------------------
+# --- next steps --------------------------------------------------------------------------------------
 
 
 def commands(report: dict[str, Any]) -> list[str]:
