@@ -175,8 +175,8 @@ def home_owner(
     from console.rows import read_counts, show_counts
     from scenarios.federation import make_owner_home, pins_of
 
-    checked = None if plan is None else read_plan(plan)
+    checked, pins = None if plan is None else read_plan(plan), pins_of(peers, home / IDENTITY)
     counts = read_counts(data, checked)
-    make_owner_home(home, data, dataset, pins_of(peers, home / IDENTITY))
+    make_owner_home(home, data, dataset, pins)
     show_counts(console, counts, checked)
     console.print(f"read and edit {home / 'policy.toml'}: it says what may be done with the data")
