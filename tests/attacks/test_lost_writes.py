@@ -22,10 +22,11 @@ from in_parts import (
 
 from client.owner import Owner
 from crypto.parts import sum_parts
+from protocol.errors import FileDamaged
 
 __all__ = ["long_plan", "run_in_parts", "small_parts"]
 
-LOST = "FS-GENERAL-01"
+LOST = FileDamaged.code
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from audit.evidence.experiments import Depth, LabEvidence, MechanismEvidence, Pl
 from audit.evidence.run import RunEvidence
 from audit.report import build_report, verify_report, write_report
 from fedseal import app
-from protocol.errors import AuditUnfounded, FedsealError, FindingsRefused, RunFailed
+from protocol.errors import AuditUnfounded, FedsealError, FindingsRefused, HomeMissing, NameUnknown
 from scenarios.marked_run import MarkedResult, run_marked, shortened
 from server.release import PUBLIC, read_public_key
 from server.store import RunStore
@@ -143,7 +143,9 @@ def test_frames_that_came_before_are_counted(tmp_path: Path) -> None:
 def test_no_subject(tmp_path: Path) -> None:
     assert isinstance(refusal("run", tmp_path / "none", "--out", tmp_path), AuditUnfounded)
     home = tmp_path / "home"
-    assert isinstance(refusal("run", "none", "--home", home, "--out", tmp_path), RunFailed)
+    assert isinstance(refusal("run", "none", "--home", home, "--out", tmp_path), HomeMissing)
+    home.mkdir()
+    assert isinstance(refusal("run", "none", "--home", home, "--out", tmp_path), NameUnknown)
 
 
 def test_a_plan_without_public_examples(tmp_path: Path) -> None:

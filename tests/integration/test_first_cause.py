@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from io import StringIO
@@ -62,9 +63,12 @@ def test_a_run_that_paused_before_its_first_round_has_a_report(
     assert conclusion.problem is None
 
 
-@pytest.mark.parametrize("failure", [CompressionRefused("of a test"), OSError("of a test")])
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [(CompressionRefused("of a test"), "of a test"), (OSError(errno.ENOSPC, "of a test"), "FS-DISK-01")],
+)
 def test_a_failure_that_follows_is_said_second(
-    scene: MakeScene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failure: Exception
+    scene: MakeScene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failure: Exception, said: str
 ) -> None:
     two = paused_scene(scene, monkeypatch)
 
@@ -76,7 +80,7 @@ def test_a_failure_that_follows_is_said_second(
     with pytest.raises(RunPaused) as caught:
         _see_through(Console(file=out, width=200), home_of(two), two.store, KEY, tmp_path / "out", after=0)
     assert caught.value.exit_code == 11
-    assert "of a test" in out.getvalue()
+    assert said in out.getvalue()
     assert "paused" in out.getvalue()
 
 
