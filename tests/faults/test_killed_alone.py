@@ -1,8 +1,8 @@
 """SIGKILL of one process alone, as an operator or the kernel's memory killer does it.
 
 Kills that take a whole process group hide whether the processes that are left end, and whether they let go
-of the run. `make test` kills the server and the program that starts runs; `make test-long` kills each at
-every step and prints the table.
+of the run. `make test` kills two of the three in one run (`tests/integration/test_faults_real.py`); here
+each dies at every step, and the table of outcomes is printed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from steps import SERVER_STEPS
 
 from protocol.errors import RunInterrupted
 from server.watch import follow
+
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +43,6 @@ def kill_alone(killing: Killing, victim: str, step: str, note: Note) -> None:
     note("killed", outcome(f"{victim} alone", step, store, started))
 
 
-@pytest.mark.parametrize("victim", [*ALONE[:2], pytest.param(ALONE[2], marks=pytest.mark.long)])
-def test_one_process_is_killed(killing: Killing, victim: str, record_property: Note) -> None:
-    kill_alone(killing, victim, "half sealed", record_property)
-
-
-@pytest.mark.long
 def test_an_executor_killed_between_runs_is_started_again(killing: Killing) -> None:
     real = killing.real
     killing.kill("superexec")
@@ -55,7 +51,6 @@ def test_an_executor_killed_between_runs_is_started_again(killing: Killing) -> N
     killing.check(store)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("victim", ALONE)
 @pytest.mark.parametrize("step", SERVER_STEPS)
 def test_one_process_is_killed_at_every_step(

@@ -24,6 +24,7 @@ import json, os, sys
 
 _file = os.open({target!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 _switches = {switches!r}
+_seen = []
 _watched = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr",
             "socket.getnameinfo", "socket.sendto", "socket.sendmsg")
 
@@ -36,7 +37,9 @@ def _hook(event, arguments):
         family = getattr(arguments[0], "family", None)
         kept = arguments if family is None else arguments[1:]
         _write(event, {{"family": None if family is None else int(family), "address": list(kept)}})
-    elif event == "import" and arguments[0] == "flwr":
+    elif event == "import" and arguments[0].partition(".")[0] == "flwr" and not _seen:
+        # a module that is imported by its name shows itself by what it imports
+        _seen.append(True)
         _write("flower", {{name: os.environ.get(name) for name in _switches}})
 
 _write("start", None)

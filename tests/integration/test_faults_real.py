@@ -7,9 +7,11 @@ import signal
 import time
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import tomli_w
+from killing import ALONE, Killing
 from real_federation import RealFederation, federation_of, made_federation, small_plan, wait_until
 
 from client.owner import POLICY
@@ -25,9 +27,9 @@ CAP = 1.2
 SHORT_S = 15.0
 
 
-def plan_of(name: str, epsilon: float, local_steps: int = 2, join_s: float = 90.0) -> Plan:
+def plan_of(name: str, epsilon: float, local_steps: int = 2, join_s: float = 90.0, rounds: int = 2) -> Plan:
     return small_plan(
-        run={"name": name},
+        run={"name": name, "rounds": rounds},
         cohort={"minimum": 3, "maximum": 4},
         training={"local_steps": local_steps, "learning_rate": 0.1},
         privacy={"target_epsilon": epsilon},
@@ -161,10 +163,43 @@ def test_paused_run_costs_nobody_anything(four: RealFederation, paused: tuple[Ru
             assert ledger.totals().epsilon <= sum(costs.values())
 
 
+def kill_alone(killing: Killing, store: RunStore, victim: str) -> None:
+    """Kill one process of the coordinator after a further round; those below it must end by themselves."""
+    begun, below = store.finished_rounds(), ALONE[ALONE.index(victim) :]
+    wait_until(
+        lambda: store.finished_rounds() > begun, 120, lambda: f"a round; logs: {killing.real.logs()}"
+    )
+    ending = {pid for name in below if (pid := killing.pid(name))}
+    pid = killing.pid(victim)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not ending & {killing.pid(name) for name in below}, 10, f"the end of {below}")
+    wait_until(lambda: not store.is_carried_out(), 10, "the end of the run's lock")
+
+
+def test_a_run_survives_one_process_of_the_coordinator_after_the_other(
+    four: RealFederation, paused: tuple[RunStore, float], tmp_path: Path
+) -> None:
+    """The SuperExec is killed alone, then the server alone; tests/faults kills each at every step."""
+    killing = Killing(four, tmp_path)
+    four.start_owner(VICTIM)
+    store = four.submit(plan_of("survives", epsilon=1.0, local_steps=40, rounds=4))
+    for victim in ("superexec", "server"):
+        kill_alone(killing, store, victim)
+        if victim == "server":
+            killing.restart_coordinator()
+        states = {one["run"]: one["state"] for one in four.made.link().runs()}
+        assert states[store.folder.name] == "paused", "nobody carries it out"
+        killing.resume(store)
+    four.wait_for_end(store)
+    assert store.get("state") == "finished", four.logs()
+    assert contributors(store) == [3, 3, 3, 3]
+
+
 def test_every_process_ends_cleanly_when_it_is_asked_to(
     four: RealFederation, paused: tuple[RunStore, float]
 ) -> None:
-    assert set(four.processes.ended()) == {VICTIM}
+    assert not four.processes.ended()
     asked = four.processes.pids()
     for pid in asked.values():
         os.kill(pid, signal.SIGTERM)
