@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -23,6 +24,7 @@ VARIABLE: Final = "FEDSEAL_PROXY"
 """Environment variable with a proxy's URL, which alone may hold a login."""
 
 _MAX_HEAD_BYTES: Final = 16 * 1024
+_HEAD_S: Final = 20.0
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ class Proxy:
             token = base64.b64encode(":".join(self.login).encode()).decode()
             lines.append(f"Proxy-Authorization: Basic {token}")
         raw.sendall("\r\n".join([*lines, "", ""]).encode())
-        head = b""
+        head, deadline = b"", time.monotonic() + _HEAD_S
         # byte by byte, because what follows the head is the target's
-        while not head.endswith(b"\r\n\r\n") and len(head) < _MAX_HEAD_BYTES:
+        while not head.endswith(b"\r\n\r\n"):
             byte = raw.recv(1)
-            if not byte:
-                break
+            if not byte or len(head) == _MAX_HEAD_BYTES or time.monotonic() > deadline:
+                return ""
             head += byte
         words = head.split(b"\r\n")[0].split()
         if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():

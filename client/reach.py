@@ -9,9 +9,10 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -40,6 +41,9 @@ from protocol.errors import (
 )
 
 _TIMEOUT_S: Final = 10.0
+_TOTAL_S: Final = 20.0
+"""Longest that one try may take, for a peer that says a little again and again."""
+
 _ALERT_S: Final = 1.0
 """In TLS 1.3 a server judges the client's certificate after the client's handshake is done."""
 
@@ -78,12 +82,12 @@ class Reach:
             ServerUnavailable: It ended the connection.
         """
         context = self.context()
-        with self._opened() as raw:
+        with self._opened() as raw, _ended_in_time(raw):
             try:
                 connection = context.wrap_socket(raw, server_hostname=self.address.host)
             except OSError as error:
                 raise self._handshake_reason(error) from None
-            with connection:
+            with connection, _ended_in_time(connection):
                 yield connection
 
     def require_admitted(self) -> float:
@@ -167,6 +171,23 @@ class Reach:
         return f"{self.address} by the proxy {self.proxy}" if self.proxy is not None else str(self.address)
 
 
+@contextmanager
+def _ended_in_time(connection: socket.socket) -> Iterator[None]:
+    """End a connection after `_TOTAL_S`, however busily its other side keeps it open."""
+
+    def end() -> None:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(_TOTAL_S, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def trusting_context(authority_file: Path) -> ssl.SSLContext:
     """Return a TLS 1.3 context that trusts one authority only, and shows nothing itself.
 
@@ -211,7 +232,7 @@ def _time_of(headers: http.client.HTTPMessage, otherwise: float) -> float:
     """Return the time that an answer names, in seconds; it is rounded down to a whole one."""
     try:
         return parsedate_to_datetime(headers["date"]).timestamp() + 0.5
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return otherwise
 
 

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any, get_args
 
 from audit.checks.check import Check, Report, not_applicable, result
-from audit.evidence.experiments import FEWEST_OUTSIDERS, REQUIRED_SINCE, REQUIRED_TESTS, Place
+from audit.evidence.experiments import FEWEST_OUTSIDERS, REQUIRED_TESTS, Place
 from audit.statistics.judging import THRESHOLD
 from audit.words import odds
 
@@ -63,7 +63,7 @@ def untested(report: Report, mechanism: dict[str, Any]) -> tuple[list[str], list
     tests = mechanism["conformance"]
     deviating = sorted({t["test"] for t in tests if t["p_value"] < max(t["threshold"], THRESHOLD)})
     judged = {t["test"] for t in tests if t["threshold"] >= THRESHOLD and t["samples"] > 0}
-    absent = [name for name in required_tests(report, mechanism["made_at"]) if name not in judged]
+    absent = [name for name in required_tests(report) if name not in judged]
     failed = [f"The mechanism deviates from the plan in: {', '.join(deviating)}."] if deviating else []
     missing = [f"These tests are missing: {', '.join(absent)}."] if absent else []
     if mechanism["plan_hash"] != report["subject"]["plan_hash"]:
@@ -71,12 +71,13 @@ def untested(report: Report, mechanism: dict[str, Any]) -> tuple[list[str], list
     return failed, missing
 
 
-def required_tests(report: Report, made_at: str) -> list[str]:
+def required_tests(report: Report) -> list[str]:
     """Return the names of the tests that a report's plan needs, of `REQUIRED_TESTS`.
+
+    Evidence from before a test existed lacks it: when evidence was made is the word of its maker.
 
     Args:
         report: The report, for what its plan promises.
-        made_at: When the tests were made, in ISO 8601; tests that came into being later are not needed.
     """
     promise = report["promise"]
     noisy = promise["noise"] != "none"
@@ -89,13 +90,7 @@ def required_tests(report: Report, made_at: str) -> list[str]:
         "own model": noisy,
         "own model per example": noisy and promise["unit"] == "example",
     }
-    day = made_at[:10]
-    return [
-        name
-        for group, names in REQUIRED_TESTS.items()
-        if needed[group] and REQUIRED_SINCE.get(group, "") <= day
-        for name in names
-    ]
+    return [name for group, names in REQUIRED_TESTS.items() if needed[group] for name in names]
 
 
 def mechanism_conformance(report: Report) -> Check:

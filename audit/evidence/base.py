@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Self
 
@@ -10,7 +11,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from protocol.errors import ReportInvalid
 from protocol.plan import first_problem
 
-Text = Annotated[str, Field(max_length=512)]
+
+def _printable(text: str) -> str:
+    if any(unicodedata.category(one) == "Cc" for one in text):
+        raise ValueError("the text holds a control character, which could act on a reader's terminal")
+    return text
+
+
+Text = Annotated[str, Field(max_length=512), AfterValidator(_printable)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Magnitude = Annotated[float, Field(ge=0)]
 Sum = Annotated[int, Field(ge=0, lt=2**32)]

@@ -76,9 +76,6 @@ per example, with a sample rate below 1, and with BFV; on the plan's own model, 
 noise per example. They are all that are made, so that none can be left out because it failed. The schema
 names them too, for readers without this code."""
 
-REQUIRED_SINCE: Final = {"own model": "2026-12-02", "own model per example": "2026-12-02"}
-"""Day from which on evidence must have the tests of a group; what was made before is judged without."""
-
 
 class ConformanceTest(Evidence):
     """One comparison of the mechanism with what the plan says; it fails below `threshold`.

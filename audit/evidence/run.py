@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import Field, model_validator
 
 from audit.evidence.base import Evidence, Json, Magnitude, Moment, Probability, Sum, Text, parse_time
-from crypto.certificates import fingerprint
+from crypto.certificates import common_name, fingerprint
 from crypto.presets import packing_for
 from crypto.signing import verify
 from protocol.claims import Adjacency, Unit
@@ -197,14 +197,16 @@ class OwnerEvidence(Evidence):
         )
 
     def public_key(self) -> Ed25519PublicKey | None:
-        """Return the certificate's key, or None if it does not have the owner's fingerprint."""
+        """Return the certificate's key, or None if it has another fingerprint or name than the owner."""
         certificate = self.certificate()
         try:
             key = None if certificate is None else certificate.public_key()
         except (ValueError, UnsupportedAlgorithm):
             return None
-        matches = isinstance(key, Ed25519PublicKey) and fingerprint(key) == self.fingerprint
-        return key if isinstance(key, Ed25519PublicKey) and matches else None
+        if not isinstance(key, Ed25519PublicKey) or certificate is None:
+            return None
+        matches = fingerprint(key) == self.fingerprint and common_name(certificate.subject) == self.name
+        return key if matches else None
 
     def verified_statement(self) -> Statement | None:
         """Return the closing statement if the owner truly signed it, else None."""

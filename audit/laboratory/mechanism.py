@@ -14,13 +14,16 @@ from types import ModuleType
 import client.bookkeeping
 import client.contribution
 import client.convolution_gradients
+import client.evaluation
 import client.gradients
+import client.holdout
 import client.hooks
 import client.layer_gradients
 import client.ledger
 import client.membership
 import client.noise
 import client.padding
+import client.rounds
 import client.safety
 import client.spending
 import client.training
@@ -39,11 +42,14 @@ import deploy.gate
 import deploy.prune
 import deploy.quantize
 import protocol.accounting
+import protocol.evaluation
 import protocol.optimizers
 import protocol.plan
 import protocol.privacy_loss
 import protocol.sections
 import protocol.shares
+import tasks.images
+import tasks.inputs
 from audit.evidence.experiments import Depth, MechanismEvidence
 from audit.laboratory.conformance import training_tests
 from audit.laboratory.lower_bounds import lower_bounds
@@ -61,13 +67,16 @@ AUDITED: tuple[ModuleType, ...] = (
     client.bookkeeping,
     client.contribution,
     client.convolution_gradients,
+    client.evaluation,
     client.gradients,
+    client.holdout,
     client.hooks,
     client.layer_gradients,
     client.ledger,
     client.membership,
     client.noise,
     client.padding,
+    client.rounds,
     client.safety,
     client.spending,
     client.training,
@@ -86,11 +95,14 @@ AUDITED: tuple[ModuleType, ...] = (
     deploy.prune,
     deploy.quantize,
     protocol.accounting,
+    protocol.evaluation,
     protocol.optimizers,
     protocol.plan,
     protocol.privacy_loss,
     protocol.sections,
     protocol.shares,
+    tasks.images,
+    tasks.inputs,
 )
 """The modules whose source the evidence is about."""
 

@@ -10,6 +10,7 @@ import logging
 import os
 import ssl
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +48,7 @@ TOLD: Final = (OwnCertificateExpired.code, OwnCertificateRevoked.code, ListStale
 """What a refused peer is told of; whoever has a certificate for another use is just cut off."""
 
 _SAID_AGAIN_S: Final = 60.0
+_MOST_NOTES: Final = 5
 _DATES: Final = (9, 10)
 """OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
 
@@ -65,6 +67,7 @@ class Admission:
         self._role = role
         self._log = log
         self._refused: set[tuple[str, str]] = set()
+        self._noted: dict[tuple[str, str], deque[float]] = {}
         self._said: dict[str, float] = {}
 
     def admits(self, certificate: x509.Certificate | None) -> bool:
@@ -98,14 +101,19 @@ class Admission:
         return CertificateRefused.code
 
     def note(self, certificate: x509.Certificate | None, code: str, reason: str) -> None:
-        """Record a refusal once, so that a stranger who keeps trying does not fill the log."""
+        """Record a refusal once, or a few times a minute where it comes and goes: nobody fills the log."""
         name, peer = "a peer", "anonymous"
         if certificate is not None:
             # the authority has signed it, so that it is a plain word
             name = common_name(certificate.subject)
             peer = key_sha256(certificate.public_key())
-        if (peer, code) not in self._refused:
-            self._refused.add((peer, code))
+        now, key = time.monotonic(), (peer, code)
+        noted = self._noted.setdefault(key, deque(maxlen=_MOST_NOTES))
+        is_flood = len(noted) == _MOST_NOTES and now - noted[0] < _SAID_AGAIN_S
+        is_new = key not in self._refused and not is_flood
+        self._refused.add(key)
+        if is_new:
+            noted.append(now)
             _LOG.warning("%s: %s was refused: %s", code, name, reason)
             self._log.record("peer.refused", peer, listener=self._role, reason=reason)
 

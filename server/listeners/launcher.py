@@ -14,6 +14,7 @@ import logging
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -291,13 +292,17 @@ async def _watch(coordinator: Coordinator, members: Members, servers: list[uvico
 
 async def _keep_executor(executor: Executor, runs: Runs, flower: ControlClient) -> None:
     """Note runs whose process ended, and start the program that starts these processes if it ended."""
+    noted_at = 0.0
     while True:
         if executor.has_ended:
             for number in await asyncio.to_thread(runs.note_ends, lost=True):
                 await asyncio.to_thread(flower.stop_run, number)
             executor.start_again()
-        await asyncio.to_thread(runs.note_ends)
-        await asyncio.sleep(_WATCH_S)
+        if time.monotonic() - noted_at >= _WATCH_S:
+            await asyncio.to_thread(runs.note_ends)
+            noted_at = time.monotonic()
+        # a run that is submitted before the end is noticed counts as lost too
+        await asyncio.sleep(_EXIT_CHECK_S)
 
 
 def _note_revocations(coordinator: Coordinator, known: int) -> int:

@@ -173,6 +173,7 @@ def test_findings_need_one_subject_and_a_place(tmp_path: Path) -> None:
 # --- whole audits ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_plan_is_audited_from_end_to_end(tmp_path: Path) -> None:
     out, home = tmp_path / "report", tmp_path / "coordinator"
     home.mkdir()

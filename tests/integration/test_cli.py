@@ -493,6 +493,7 @@ class TestParties:
         assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_every_process_and_says_how_to_go_on(tmp_path: Path) -> None:
     mark, out = secrets.token_hex(8), tmp_path / "out"
     command = [sys.executable, "-m", "fedseal", "demo", "--out", str(out)]

@@ -183,17 +183,18 @@ def test_a_run_survives_one_process_of_the_coordinator_after_the_other(
     """The SuperExec is killed alone, then the server alone; tests/faults kills each at every step."""
     killing = Killing(four, tmp_path)
     four.start_owner(VICTIM)
-    store = four.submit(plan_of("survives", epsilon=1.0, local_steps=40, rounds=4))
+    store = four.submit(plan_of("survives", epsilon=1.0, local_steps=40, rounds=40))
     for victim in ("superexec", "server"):
         kill_alone(killing, store, victim)
         if victim == "server":
             killing.restart_coordinator()
+        wait_until(lambda: killing.pid("superexec"), 20, "a SuperExec")
         states = {one["run"]: one["state"] for one in four.made.link().runs()}
         assert states[store.folder.name] == "paused", "nobody carries it out"
         killing.resume(store)
     four.wait_for_end(store)
     assert store.get("state") == "finished", four.logs()
-    assert contributors(store) == [3, 3, 3, 3]
+    assert contributors(store) == [3] * 40
 
 
 def test_every_process_ends_cleanly_when_it_is_asked_to(

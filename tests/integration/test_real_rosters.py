@@ -26,6 +26,9 @@ from crypto.trust import replace_revocations
 from protocol.plan import Plan
 from server.store import RunStore
 
+pytestmark = pytest.mark.long
+"""A federation of its own for two cases that tests in one process have as well."""
+
 LATE, REVOKED, WAITED_FOR = "owner-4", "owner-2", "owner-1"
 ROUNDS = 10
 

@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 from audit.evidence.experiments import LabEvidence, OwnerFindings
 from audit.evidence.findings import sign_findings
 from audit.evidence.inventory import installed
-from audit.evidence.run import RunEvidence
+from audit.evidence.run import OwnerEvidence, RunEvidence
 from audit.facts import flatten, unflatten
 from audit.report import build_report, sign_report, verify_report, write_page, write_report
 from crypto.certificates import fingerprint
@@ -345,3 +345,21 @@ def test_facts_that_contradict_each_other_are_refused() -> None:
     for pointers in (["/a", "/a"], ["/a", "/a/b"], ["/a/b", "/a"]):
         with pytest.raises(ReportInvalid):
             unflatten([{"pointer": pointer, "value": 1} for pointer in pointers])
+
+
+def test_an_owner_by_another_name_than_its_certificates_is_no_pass() -> None:
+    """Names are what a reader goes by; the certificate says whose key signed."""
+    lawful = evidence("local")
+    first, *others = lawful.owners
+    renamed = lawful.model_copy(
+        update={"owners": [first.model_copy(update={"name": "mayo-clinic"}), *others]}
+    )
+    assert renamed.owners[0].public_key() is None
+    report = build_report(renamed, NOW, KEY)
+    assert report["verdict"]["status"] == "FAIL"
+
+
+def test_a_name_that_acts_on_a_terminal_is_refused() -> None:
+    owner = evidence("local").owners[0].fields()
+    with pytest.raises(ReportInvalid, match="control character"):
+        OwnerEvidence.from_fields(owner | {"name": "anna\x1b[2Jverified: PASS"})
