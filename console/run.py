@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -45,7 +46,7 @@ def begin_run(
     warn_if_unprotected(console, plan)
     store = prepare_run(home, plan, public_data)
     console.print(f"run folder: {store.folder}", soft_wrap=True)
-    with _told_if_interrupted(console, home, store):
+    with _told_if_interrupted(console, home, store, out):
         submit(home, store, link)
         _see_through(console, home, store, key, out, after=0)
 
@@ -81,20 +82,26 @@ def resume_run(
     console.print(f"run folder: {store.folder}", soft_wrap=True)
     finished = f"{store.finished_rounds()} of {plan.run.rounds} rounds are finished"
     console.print(Text(f"● {finished}", style="bold"))
-    with _told_if_interrupted(console, home, store):
+    with _told_if_interrupted(console, home, store, out):
         if not store.is_carried_out() and store.get("state") != "finished":
             submit(home, store, link)
         _see_through(console, home, store, key, out, after)
 
 
+def _command_to_go_on(home: Path, store: RunStore, out: Path | None) -> str:
+    """Return the command that goes on with a run, or follows it, with its result at the same place."""
+    words = ["fedseal", "run", "--resume", store.folder.name, "--home", str(home)]
+    return shlex.join(words if out is None else [*words, "--out", str(out)])
+
+
 @contextmanager
-def _told_if_interrupted(console: Console, home: Path, store: RunStore) -> Iterator[None]:
+def _told_if_interrupted(console: Console, home: Path, store: RunStore, out: Path | None) -> Iterator[None]:
     """Say what becomes of a run whose command is interrupted, and how to follow or to stop it."""
     try:
         yield
     except KeyboardInterrupt:
         name = store.folder.name
-        follow = f"fedseal run --resume {name} --home {home}"
+        follow = _command_to_go_on(home, store, out)
         if store.get("state") in ("finished", "failed", "paused"):
             console.print(Text("● interrupted; the run has ended", style="bold yellow"))
             console.print(f"to write its report: {follow}", soft_wrap=True)
@@ -128,7 +135,7 @@ def _see_through(
     if isinstance(cause, RunPaused | RunInterrupted):
         rounds = f"{store.finished_rounds()} of {plan.run.rounds} rounds"
         console.print(Text(f"● paused; {rounds} are finished and kept", style="bold yellow"))
-        console.print(f"to go on: fedseal run --resume {store.folder.name} --home {home}", soft_wrap=True)
+        console.print(f"to go on: {_command_to_go_on(home, store, out)}", soft_wrap=True)
     try:
         if store.get("state") in ("finished", "failed", "paused"):
             _conclude(console, home, store, key, out or _own_folder(store, plan), progress)

@@ -19,7 +19,7 @@ from console.options import read_plan, require_home
 from console.progress import RunProgress, format_bytes, summary_rows
 from console.tables import show_pairs, show_table
 from console.verdicts import show_steps, show_verdict
-from protocol.errors import FedsealError, PlanInvalid
+from protocol.errors import FedsealError, ResultUndeliverable
 from protocol.plan import Plan
 
 
@@ -35,7 +35,7 @@ def show_demo(console: Console, out: Path, plan_file: Path | None, seed: int, *,
     from scenarios.demo import PLANS, DemoOptions, run_demo
 
     if out.exists() and any(out.iterdir()):
-        raise PlanInvalid("--out: the folder is not empty")
+        raise ResultUndeliverable(f"{out} is not empty")
     plan = read_plan(plan_file or PLANS / "digits.toml")
     warn_if_unprotected(console, plan)
     progress = RunProgress(console, plan.run.rounds, protected=plan.privacy.noise != "none")

@@ -146,7 +146,7 @@ def refuse_existing(folder: Path) -> None:
     if folder.suffix != SUFFIX:
         raise PackageNotWritten(f"the folder's name must end in {SUFFIX}")
     if os.path.lexists(folder):
-        raise PackageNotWritten("something of this name exists already")
+        raise PackageNotWritten(f"{folder.name} exists already in the output folder")
 
 
 def verify_package(folder: Path, trusted: Ed25519PublicKey | str) -> VerifiedPackage:

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from crypto.vault import open_secret, seal_secret, write_public
 from protocol.errors import PackageInvalid
+from protocol.storage import translated
 
 PRIVATE, PUBLIC = "release.key.sealed", "release.pub"
 
@@ -37,11 +38,14 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
 
     Raises:
         PackageInvalid: Not an Ed25519 public key.
+        FileUnusable, AccessDenied, DiskFailed: There is no such file, or it cannot be read.
     """
+    with translated(str(path)):
+        content = path.read_bytes()
     try:
-        key = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError):
-        raise PackageInvalid("the signer's public key file cannot be read") from None
+        key = load_pem_public_key(content)
+    except ValueError:
+        raise PackageInvalid("the file of the signer's public key holds none") from None
     if not isinstance(key, Ed25519PublicKey):
         raise PackageInvalid("the signer's public key is not Ed25519")
     return key

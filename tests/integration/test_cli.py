@@ -37,6 +37,7 @@ from protocol.errors import (
     NameUnknown,
     NoiseTooSmall,
     PlanInvalid,
+    ResultUndeliverable,
     SecretUnavailable,
     ServerUnavailable,
 )
@@ -489,7 +490,7 @@ class TestParties:
 
     def test_demo_into_a_folder_that_is_not_empty(self, cli: Cli, tmp_path: Path) -> None:
         (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
-        refused(cli("demo", "--out", tmp_path), PlanInvalid, "--out")
+        refused(cli("demo", "--out", tmp_path), ResultUndeliverable, "--out")
         assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
